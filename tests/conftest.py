@@ -1,0 +1,26 @@
+"""Shared fixtures: where real data and the oracle cases are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ORACLES = Path(__file__).parent / "oracles"
+
+
+@pytest.fixture(scope="session")
+def oracles() -> Path:
+    """Folder with the committed oracle cases."""
+    return ORACLES
+
+
+@pytest.fixture(scope="session")
+def tvg_data() -> Path:
+    """Folder of real data; the test is reported as skipped where `TVG_DATA` is not set."""
+    root = os.environ.get("TVG_DATA")
+    if not root:
+        pytest.skip("TVG_DATA is not set: real data are not at hand")
+    path = Path(root)
+    if not path.is_dir():
+        pytest.fail(f"TVG_DATA={root!r} is not a folder")
+    return path

@@ -1,0 +1,1 @@
+"""Readers, feature stores, the in-memory data set and batching."""

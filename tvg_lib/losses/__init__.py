@@ -1,0 +1,1 @@
+"""Losses, one room a family."""
