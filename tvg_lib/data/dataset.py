@@ -91,9 +91,13 @@ class GroundingDataset:
     def __len__(self) -> int:
         return len(self.queries)
 
+    def positions_of(self, video_id: str) -> tuple[int, ...]:
+        """Where in `queries` the queries about one video are."""
+        return tuple(self._by_video.get(video_id, ()))
+
     def queries_of(self, video_id: str) -> list[Query]:
         """The queries about one video, in order."""
-        return [self.queries[i] for i in self._by_video.get(video_id, [])]
+        return [self.queries[i] for i in self.positions_of(video_id)]
 
     def subset(self, video_ids: Iterable[str], name: str) -> "GroundingDataset":
         """The same data restricted to some videos."""
