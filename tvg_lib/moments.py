@@ -192,6 +192,17 @@ class TimeGrid:
             raise DataError(f"a grid is downsampled by a positive integer, found {factor!r}")
         return replace(self, stride=self.stride * factor)
 
+    def resample(self, num_clips: int, length: int) -> "TimeGrid":
+        """The grid on which the footage of `num_clips` clips is divided into `length` equal ones.
+
+        For models that bring every video to a fixed number of clips (SnAG on Charades-STA and
+        ActivityNet Captions).
+        """
+        if num_clips < 1 or length < 1:
+            raise DataError(f"{num_clips} clips cannot be resampled to {length}: both are positive")
+        size = ((num_clips - 1) * self.stride + self.clip_size) / length
+        return replace(self, clip_size=size, stride=size)
+
 
 # Grids of the papers' features (facts of their configuration files).
 TACOS_C3D = TimeGrid(clip_size=16, stride=16, fps=29.4)
