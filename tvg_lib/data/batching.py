@@ -1,7 +1,7 @@
 """From a data set to padded batches: video-centric, seeded, and without state.
 
-Each batch holds a few videos and several queries of each, so that a video is encoded once for all of
-its queries (SnAG, section 3.3). Every random choice is drawn from a generator seeded by
+Each batch holds a few videos and several queries of each, so that a video is encoded once for all
+of its queries (SnAG, section 3.3). Every random choice is drawn from a generator seeded by
 (seed, epoch, batch number): training can stop after any step and resume exactly.
 """
 
@@ -30,7 +30,7 @@ class GroundingBatch:
         moments: (Q, M, 2) start and end in grid-index units of the (possibly cropped) video.
         moment_mask: (Q, M) True on real moments.
         video_ids, query_ids: names, for messages and predictions.
-        grids, durations: of each video, to go back to seconds.
+        grids, durations: of each video, to go back to seconds; a crop moves its grid's offset.
     """
 
     video: Tensor
@@ -209,6 +209,7 @@ class BatchPlan:
         return replace(
             item,
             video=item.video[start : start + length],
+            grid=replace(item.grid, offset=item.grid.offset + start * item.grid.step),
             queries=tuple(q for q, k in zip(item.queries, keep, strict=True) if k),
             moments=tuple(
                 self._clip(m - start, low, high)
@@ -234,7 +235,9 @@ def evaluation_batches(
     ids = [video_id for video_id in dataset.videos if dataset.positions_of(video_id)]
     ids.sort(key=lambda video_id: dataset.videos[video_id].duration)
     for start in range(0, len(ids), videos_per_batch):
-        samples = [Sample(v, dataset.positions_of(v)) for v in ids[start : start + videos_per_batch]]
+        samples = [
+            Sample(v, dataset.positions_of(v)) for v in ids[start : start + videos_per_batch]
+        ]
         yield _collate(dataset, [_read(dataset, sample) for sample in samples])
 
 
@@ -244,6 +247,7 @@ class _Item:
 
     video_id: str
     video: np.ndarray
+    grid: TimeGrid
     queries: tuple[int, ...]
     moments: tuple[np.ndarray, ...]
 
@@ -253,6 +257,7 @@ def _read(dataset: GroundingDataset, sample: Sample) -> _Item:
     return _Item(
         video_id=sample.video_id,
         video=dataset.video_features[sample.video_id],
+        grid=grid,
         queries=sample.queries,
         moments=tuple(grid.to_index(dataset.queries[i].moments) for i in sample.queries),
     )
@@ -264,7 +269,6 @@ def _collate(dataset: GroundingDataset, items: Sequence[_Item]) -> GroundingBatc
     text, text_mask = pad([dataset.text_features[query.id] for query in queries])
     moments, moment_mask = pad([m for item in items for m in item.moments])
     counts = torch.tensor([len(item.queries) for item in items])
-    videos = [dataset.videos[item.video_id] for item in items]
     return GroundingBatch(
         video=video,
         video_mask=video_mask,
@@ -275,13 +279,13 @@ def _collate(dataset: GroundingDataset, items: Sequence[_Item]) -> GroundingBatc
         moment_mask=moment_mask,
         video_ids=tuple(item.video_id for item in items),
         query_ids=tuple(query.id for query in queries),
-        grids=tuple(video.grid for video in videos),
-        durations=tuple(video.duration for video in videos),
+        grids=tuple(item.grid for item in items),
+        durations=tuple(dataset.videos[item.video_id].duration for item in items),
     )
 
 
 def pad(sequences: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Stack (T_n, C) sequences to (N, T, C) float32 with zeros, and the (N, T) mask of real rows."""
+    """Stack (T_n, C) sequences to (N, T, C) float32, zero-padded, with the (N, T) mask."""
     longest = max(len(sequence) for sequence in sequences)
     width = sequences[0].shape[1]
     padded = torch.zeros(len(sequences), longest, width)

@@ -72,14 +72,15 @@ class GroundingDataset:
     text_features: FeatureStore
     sentence_features: FeatureStore | None = None
     _by_video: dict[str, list[int]] = field(init=False, repr=False, compare=False)
+    _by_id: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         by_video: dict[str, list[int]] = {}
-        seen: set[str] = set()
+        by_id: dict[str, int] = {}
         for position, query in enumerate(self.queries):
-            if query.id in seen:
+            if query.id in by_id:
                 raise DataError(f"{self.name}: query id {query.id!r} occurs twice")
-            seen.add(query.id)
+            by_id[query.id] = position
             if query.video_id not in self.videos:
                 raise DataError(
                     f"{self.name}: query {query.id!r} asks about video {query.video_id!r}, which is "
@@ -87,9 +88,20 @@ class GroundingDataset:
                 )
             by_video.setdefault(query.video_id, []).append(position)
         object.__setattr__(self, "_by_video", by_video)
+        object.__setattr__(self, "_by_id", by_id)
 
     def __len__(self) -> int:
         return len(self.queries)
+
+    def query(self, query_id: str) -> Query:
+        """The query of an id.
+
+        Raises:
+            DataError: there is none.
+        """
+        if query_id not in self._by_id:
+            raise DataError(f"{self.name} has no query {query_id!r}")
+        return self.queries[self._by_id[query_id]]
 
     def positions_of(self, video_id: str) -> tuple[int, ...]:
         """Where in `queries` the queries about one video are."""

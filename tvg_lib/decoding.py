@@ -1,0 +1,238 @@
+"""From points to moments: thresholds, (soft) non-maximum suppression, voting, and back to seconds.
+
+Only the first K picks are ever needed, so suppression runs K vectorised rounds over all queries at
+once; no compiled extension. `tests/test_decoding.py` holds the plain O(n^2) loop it must equal.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tvg_lib.data.batching import GroundingBatch, evaluation_batches
+from tvg_lib.data.dataset import GroundingDataset
+from tvg_lib.models.point_grounder import PointGrounder
+from tvg_lib.moments import Moment, interval_iou
+from tvg_lib.nn.points import PointGrid
+from tvg_lib.nn.pyramid import PointPredictions
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Ranked answers to one query.
+
+    Attributes:
+        query_id, video_id, text: what was asked of what.
+        moments: (N, 3) start and end in seconds and score, best first.
+        saliency: (T,) score of every clip, for highlight detection; None where not predicted.
+    """
+
+    query_id: str
+    video_id: str
+    text: str
+    moments: np.ndarray
+    saliency: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def __iter__(self) -> Iterator[Moment]:
+        return (Moment(*map(float, row)) for row in self.moments)
+
+    @property
+    def best(self) -> Moment:
+        """The first-ranked moment."""
+        return Moment(*map(float, self.moments[0]))
+
+    def __repr__(self) -> str:
+        best = f", best {self.best!r}" if len(self) else ""
+        return f"Prediction({self.text!r}: {len(self)} moments{best})"
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How scored points become a short ranked list (SnAG's released TACoS settings).
+
+    Attributes:
+        score_threshold: points must score more than this.
+        pre_top_k: how many points enter suppression.
+        min_length: shortest moment kept, in steps of level 0.
+        suppression: "soft" decays scores by exp(-IoU^2 / sigma), "hard" drops neighbours with at
+            least `iou_threshold`, None ranks by score alone.
+        sigma, iou_threshold: of the two kinds of suppression.
+        min_score: a moment whose score falls below it is dropped.
+        keep: moments in the final list.
+        voting_threshold: each kept moment becomes the score-weighted mean of all with at least
+            this IoU; 0 switches voting off.
+    """
+
+    score_threshold: float = 1e-3
+    pre_top_k: int = 2000
+    min_length: float = 0.1
+    suppression: Literal["soft", "hard"] | None = "soft"
+    sigma: float = 0.9
+    iou_threshold: float = 0.1
+    min_score: float = 1e-3
+    keep: int = 5
+    voting_threshold: float = 0.95
+
+
+def point_moments(
+    output: PointPredictions, grid: PointGrid, config: DecodingConfig
+) -> tuple[Tensor, Tensor]:
+    """Candidate moments of every query before suppression.
+
+    Returns:
+        moments (Q, N, 2) in steps of level 0 and scores (Q, N), best first; rejected candidates
+        score -inf.
+    """
+    points = grid.points(output.lengths, device=output.logits.device)
+    scores = output.logits.float().sigmoid()
+    rejected = ~output.mask | (scores <= config.score_threshold)
+    scores = scores.masked_fill(rejected, float("-inf"))
+    scores, index = scores.topk(min(config.pre_top_k, scores.shape[1]), dim=1)
+    offsets = output.offsets.float().gather(1, index[..., None].expand(-1, -1, 2))
+    position, stride = points[index, 0], points[index, 3]
+    start = position - offsets[..., 0] * stride
+    end = position + offsets[..., 1] * stride
+    scores = scores.masked_fill(end - start <= config.min_length, float("-inf"))
+    return torch.stack([start, end], dim=-1), scores
+
+
+def suppress(
+    moments: Tensor,
+    scores: Tensor,
+    keep: int,
+    kind: Literal["soft", "hard"] = "soft",
+    sigma: float = 0.9,
+    iou_threshold: float = 0.1,
+    min_score: float = 1e-3,
+) -> tuple[Tensor, Tensor]:
+    """Greedy (soft) non-maximum suppression, `keep` rounds for all queries at once.
+
+    Args:
+        moments: (Q, N, 2).
+        scores: (Q, N); -inf where there is no candidate.
+        kind, sigma, iou_threshold, min_score: as in `DecodingConfig`. The first pick of soft
+            suppression is kept whatever its score; hard suppression drops low scores beforehand.
+
+    Returns:
+        moments (Q, K, 2) and scores (Q, K), best first; -inf scores where candidates ran out.
+        K = min(keep, N).
+    """
+    scores = scores.clone()
+    if kind == "hard":
+        scores.masked_fill_(scores <= min_score, float("-inf"))
+    picked, picked_scores = [], []
+    for _ in range(min(keep, scores.shape[1])):
+        best = scores.argmax(dim=1, keepdim=True)  # (Q, 1)
+        value = scores.gather(1, best)
+        moment = moments.gather(1, best[..., None].expand(-1, -1, 2))  # (Q, 1, 2)
+        picked.append(moment)
+        picked_scores.append(value)
+        overlap = _padded_iou(moment, moments).squeeze(1)  # (Q, N)
+        if kind == "soft":
+            scores = scores * torch.exp(-(overlap**2) / sigma)
+            scores.masked_fill_(scores < min_score, float("-inf"))
+        else:
+            scores.masked_fill_(overlap >= iou_threshold, float("-inf"))
+        scores.scatter_(1, best, float("-inf"))
+    if not picked:
+        return moments[:, :0], scores[:, :0]
+    return torch.cat(picked, dim=1), torch.cat(picked_scores, dim=1)
+
+
+def vote(picked: Tensor, moments: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Replace each picked moment by the score-weighted mean of all candidates that overlap it.
+
+    Args:
+        picked: (Q, K, 2).
+        moments, scores: (Q, N, 2) and (Q, N), all candidates; -inf where there is none.
+        iou_threshold: candidates with at least this IoU vote.
+
+    Returns:
+        (Q, K, 2)
+    """
+    weight = scores.clamp(min=0)[:, None] * (interval_iou(picked, moments) >= iou_threshold)
+    total = weight.sum(-1, keepdim=True)
+    return torch.where(total > 0, weight / total.clamp(min=1e-12) @ moments, picked)
+
+
+def decode(moments: Tensor, scores: Tensor, config: DecodingConfig) -> tuple[Tensor, Tensor]:
+    """Suppress and vote: (Q, N, 2), (Q, N) candidates to (Q, K, 2), (Q, K), best first."""
+    if config.suppression is None:
+        order = scores.topk(min(config.keep, scores.shape[1]), dim=1)
+        return moments.gather(1, order.indices[..., None].expand(-1, -1, 2)), order.values
+    picked, picked_scores = suppress(
+        moments,
+        scores,
+        config.keep,
+        config.suppression,
+        config.sigma,
+        config.iou_threshold,
+        config.min_score,
+    )
+    if config.voting_threshold > 0:
+        picked = vote(picked, moments, scores, config.voting_threshold)
+    return picked, picked_scores
+
+
+def to_predictions(
+    moments: Tensor,
+    scores: Tensor,
+    batch: GroundingBatch,
+    dataset: GroundingDataset,
+) -> list[Prediction]:
+    """Ranked moments (Q, K, 2) in clips to predictions in seconds, cut to the video."""
+    texts = {query_id: dataset.query(query_id).text for query_id in batch.query_ids}
+    predictions = []
+    for row, query_id in enumerate(batch.query_ids):
+        video = int(batch.query_video[row])
+        real = torch.isfinite(scores[row])
+        seconds = batch.grids[video].to_seconds(moments[row, real].double())
+        seconds = seconds.clamp(0, batch.durations[video])
+        ranked = torch.cat([seconds, scores[row, real, None].double()], dim=1)
+        predictions.append(
+            Prediction(query_id, batch.video_ids[video], texts[query_id], ranked.cpu().numpy())
+        )
+    return predictions
+
+
+@torch.inference_mode()
+def ground(
+    model: PointGrounder,
+    dataset: GroundingDataset,
+    config: DecodingConfig | None = None,
+    grid: PointGrid | None = None,
+    videos_per_batch: int = 8,
+) -> list[Prediction]:
+    """Ask every query of a data set of its video; predictions in the order of `dataset.queries`."""
+    config, grid = config or DecodingConfig(), grid or PointGrid()
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    predictions = {}
+    for batch in evaluation_batches(dataset, videos_per_batch):
+        batch = batch.to(device)
+        output = model(batch)
+        moments, scores = decode(*point_moments(output, grid, config), config)
+        moments = moments * output.pyramid.clips_per_step
+        for prediction in to_predictions(moments, scores, batch, dataset):
+            predictions[prediction.query_id] = prediction
+    model.train(training)
+    return [predictions[query.id] for query in dataset.queries]
+
+
+def _padded_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Pairwise IoU with 1e-6 added to every length, as the published suppression computes it."""
+    overlap = torch.minimum(a[..., :, None, 1], b[..., None, :, 1]) - torch.maximum(
+        a[..., :, None, 0], b[..., None, :, 0]
+    )
+    overlap = overlap.clamp(min=0)
+    lengths = (a[..., 1] - a[..., 0] + 1e-6)[..., :, None] + (b[..., 1] - b[..., 0] + 1e-6)[
+        ..., None, :
+    ]
+    return overlap / (lengths - overlap)

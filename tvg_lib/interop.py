@@ -1,0 +1,212 @@
+"""Published weights and configurations, brought into this library's models.
+
+Names and layouts differ: the published code keeps (B, C, T) tensors, so its linear layers are
+convolutions with kernel 1 and its norms hold (C, 1) vectors. Loading never runs pickled code.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tvg_lib.errors import DataError
+from tvg_lib.models.snag import SnAG, SnagConfig
+
+# Published prefix or part -> ours, applied in order to every name.
+_RENAMES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"^text_net\.embd_fc\.conv\.", "text_encoder.input."),
+        (r"^text_net\.bkgd_token$", "text_encoder.background"),
+        (r"^text_net\.attn_pool\.attn\.", "text_encoder.pool."),
+        (r"^text_net\.transformer\.", "text_encoder.layers."),
+        (r"^vid_net\.embd_fc\.conv\.", "video_encoder.embedding.projection."),
+        (r"^vid_net\.embd_convs\.(\d+)\.conv\.", r"video_encoder.embedding.convolutions.\1."),
+        (r"^vid_net\.embd_norms\.", "video_encoder.embedding.norms."),
+        (r"^vid_net\.(stem|branch)\.", r"video_encoder.\1."),
+        (r"^fusion\.ln_out\.", "fusion.norm."),
+        (r"^cls_head\.cls_head\.conv\.", "classification.output."),
+        (r"^reg_head\.reg_head\.conv\.", "regression.output."),
+        (r"^cls_head\.", "classification."),
+        (r"^reg_head\.", "regression."),
+        (r"\.convs\.(\d+)\.conv\.", r".convolutions.\1."),
+        (r"\.ln_xattn_q\.", ".video_norm."),
+        (r"\.ln_xattn_kv\.", ".text_norm."),
+        (r"\.xattn\.q_conv\.conv\.", ".query.convolution."),
+        (r"\.xattn\.q_norm\.", ".query.norm."),
+        (r"\.xattn\.xattn\.", ".attention."),
+        (r"\.ln_attn\.", ".attention_norm."),
+        (r"\.ln_ffn\.", ".feed_forward_norm."),
+        (r"\.drop_path_attn\.", ".attention_scale."),
+        (r"\.drop_path_ffn\.", ".feed_forward_scale."),
+        (r"\.ffn\.fc\.", ".feed_forward.0."),
+        (r"\.ffn\.proj\.", ".feed_forward.3."),
+        (r"\.attn\.q_conv\.conv\.", ".projections.query.convolution."),
+        (r"\.attn\.k_conv\.conv\.", ".projections.key.convolution."),
+        (r"\.attn\.v_conv\.conv\.", ".projections.value.convolution."),
+        (r"\.attn\.q_norm\.", ".projections.query.norm."),
+        (r"\.attn\.k_norm\.", ".projections.key.norm."),
+        (r"\.attn\.v_norm\.", ".projections.value.norm."),
+        (r"\.attn\.attn\.", ".attention."),
+        (r"\.(attention|pool)\.proj\.", r".\1.output."),
+    ]
+]
+
+
+def snag_config(published: Mapping, as_published: bool = True) -> SnagConfig:
+    """The architecture that a released SnAG configuration describes.
+
+    Args:
+        published: the parsed YAML file, or its `model` part in a mapping {"model": ...}. Values it
+            leaves out take the released code's defaults.
+        as_published: stretch positions over padding too, as the released code does for videos
+            beyond the trained length.
+
+    Raises:
+        DataError: it is not a SnAG configuration.
+    """
+    try:
+        model = published["model"]
+        text, video = model["text_net"], model["vid_net"]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"not a SnAG configuration: 'model' with 'text_net' and 'vid_net' expected, "
+            f"{error} is missing"
+        ) from None
+    name = video.get("name", "transformer")
+    if name != "transformer":
+        raise DataError(f"SnAG's video encoder is 'transformer', found {name!r}")
+    text_names = {"transformer": "transformer", "identity": "projection"}
+    if text.get("name", "transformer") not in text_names:
+        raise DataError(f"unknown text encoder {text['name']!r}; expected {sorted(text_names)}")
+    is_projection = text.get("name") == "identity"
+    fusion, heads = model.get("fusion", {}), model.get("cls_head", {})
+    convolutions, stem, levels = video.get("arch", (2, 0, 7))
+    return SnagConfig(
+        video_dim=video.get("in_dim", 500),
+        text_dim=text.get("in_dim", 300),
+        channels=video.get("embd_dim", 128),
+        heads=video.get("n_heads", 4),
+        levels=levels,
+        stem=stem,
+        window=video.get("mha_win_size", 5),
+        max_clips=video.get("max_seq_len", 256),
+        embedding_convolutions=convolutions,
+        input_stride=video.get("stride", 1),
+        positions=video.get("use_abs_pe", True),
+        text_encoder=text_names[text.get("name", "transformer")],
+        text_channels=text.get("embd_dim", 128),
+        text_heads=text.get("n_heads", 4),
+        text_layers=text.get("n_layers", 5),
+        max_words=text.get("max_seq_len", 24),
+        text_positions=text.get("use_abs_pe", not is_projection),
+        background_token=text.get("use_bkgd_token", True),
+        fusion_layers=fusion.get("n_layers", 2),
+        fusion_heads=fusion.get("n_heads", 4),
+        modulation=fusion.get("xattn_mode", "adaln"),
+        head_layers=heads.get("n_layers", 2),
+        prior=heads.get("prior_prob") or None,
+        attention_dropout=video.get("attn_pdrop", 0.0),
+        dropout=video.get("proj_pdrop", 0.1),
+        drop_path=video.get("path_pdrop", 0.1),
+        stretch_over_padding=as_published,
+    )
+
+
+def convert_grounder(published: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Published parameters under this library's names and shapes.
+
+    Args:
+        published: state dict of the released code.
+        model: the model they are meant for.
+
+    Raises:
+        DataError: names or shapes do not match `model`, naming the first of each kind.
+    """
+    expected = model.state_dict()
+    converted: dict[str, Tensor] = {}
+    scales: dict[int, Tensor] = {}
+    stem = getattr(model.video_encoder, "stem_layers", 0)
+    for name, value in published.items():
+        ours = name
+        for pattern, replacement in _RENAMES:
+            ours = pattern.sub(replacement, ours)
+        ours = re.sub(r"^video_encoder\.stem\.", "video_encoder.blocks.", ours)
+        ours = re.sub(
+            r"^video_encoder\.branch\.(\d+)",
+            lambda match: f"video_encoder.blocks.{int(match[1]) + stem}",
+            ours,
+        )
+        if scale := re.fullmatch(r"regression\.scales\.(\d+)\.scale", ours):
+            scales[int(scale[1])] = value
+            continue
+        converted[ours] = value
+    if scales:
+        converted["regression.scales"] = torch.stack([scales[i] for i in sorted(scales)])
+    missing, unknown = set(expected) - set(converted), set(converted) - set(expected)
+    if missing or unknown:
+        raise DataError(
+            f"published weights do not fit {type(model).__name__}: {len(missing)} missing "
+            f"(e.g. {min(missing, default=None)}), {len(unknown)} unknown "
+            f"(e.g. {min(unknown, default=None)})"
+        )
+    for name, value in converted.items():
+        target = expected[name].shape
+        if [n for n in value.shape if n != 1] != [n for n in target if n != 1]:
+            raise DataError(
+                f"published weight {name} has shape {tuple(value.shape)}, expected {tuple(target)}"
+            )
+        converted[name] = value.reshape(target)
+    return converted
+
+
+def read_weights(path: Path, ema: bool = True) -> dict[str, Tensor]:
+    """Parameters of a released checkpoint (`.pth`) or of a safetensors file.
+
+    Args:
+        path: the file.
+        ema: of a `.pth` with both, take the averaged weights that the papers evaluate.
+
+    Raises:
+        DataError: the file cannot be read safely, or holds no weights.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise DataError(f"{path} is not a readable checkpoint: {error}") from error
+    for key in ("model_ema", "model") if ema else ("model",):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise DataError(f"{path} holds no state dict under 'model_ema' or 'model'")
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def load_snag(
+    checkpoint: Path,
+    configuration: Path,
+    ema: bool = True,
+    device: str | torch.device = "cpu",
+    as_published: bool = True,
+) -> SnAG:
+    """A released SnAG checkpoint and its YAML file as a model ready to ground, in eval mode.
+
+    Raises:
+        DataError: a file cannot be read, or the two do not fit each other.
+    """
+    configuration = Path(configuration)
+    try:
+        published = yaml.safe_load(configuration.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{configuration} is not a readable configuration: {error}") from error
+    model = SnAG(snag_config(published, as_published))
+    model.load_state_dict(convert_grounder(read_weights(checkpoint, ema), model))
+    return model.to(device).eval()

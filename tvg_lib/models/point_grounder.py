@@ -1,0 +1,86 @@
+"""The frame that SnAG, MSCL and HieraMamba share: encode, fuse late, predict at every point.
+
+    clip features ──video encoder──▶ pyramid ─┐
+                                              ├─ late fusion ─ heads ─▶ logit and offsets per point
+    word features ──text encoder───▶ words ───┘
+
+A video is encoded once, however many queries are asked of it.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from tvg_lib.data.batching import GroundingBatch
+from tvg_lib.nn.fusion import LateFusion
+from tvg_lib.nn.pyramid import ClassificationHead, PointPredictions, Pyramid, RegressionHead
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Encoded words.
+
+    Attributes:
+        features: (Q, K, D_text).
+        mask: (Q, K).
+    """
+
+    features: Tensor
+    mask: Tensor
+
+
+class PointGrounder(nn.Module):
+    """Single-stage grounding over the points of a feature pyramid.
+
+    Args:
+        video_encoder: (B, T, C) and mask (B, T) to a `Pyramid`.
+        text_encoder: (Q, K, C) and mask (Q, K) to the same, encoded.
+        fusion: late cross-attention.
+        classification, regression: the heads.
+    """
+
+    def __init__(
+        self,
+        video_encoder: nn.Module,
+        text_encoder: nn.Module,
+        fusion: LateFusion,
+        classification: ClassificationHead,
+        regression: RegressionHead,
+    ) -> None:
+        super().__init__()
+        self.video_encoder = video_encoder
+        self.text_encoder = text_encoder
+        self.fusion = fusion
+        self.classification = classification
+        self.regression = regression
+
+    def encode_video(self, video: Tensor, mask: Tensor) -> Pyramid:
+        """Args: video (B, T, C), mask (B, T)."""
+        return self.video_encoder(video, mask)
+
+    def encode_text(self, text: Tensor, mask: Tensor) -> EncodedText:
+        """Args: text (Q, K, C), mask (Q, K)."""
+        return EncodedText(*self.text_encoder(text, mask))
+
+    def predict(self, pyramid: Pyramid, text: EncodedText, query_video: Tensor) -> PointPredictions:
+        """Ask encoded queries of encoded videos; `query_video` (Q,) is the video of each query."""
+        x, mask, level = pyramid.flat()
+        fused, mask = self.fusion(x, mask, text.features, text.mask, query_video)
+        logits = self.classification(fused, mask)
+        offsets = self.regression(fused, mask, level)
+        points = level >= 0  # everything but the separators
+        return PointPredictions(
+            logits=logits[:, points],
+            offsets=offsets[:, points],
+            mask=mask[:, points],
+            pyramid=pyramid,
+            fused=fused[:, points],
+            text=text.features,
+            text_mask=text.mask,
+        )
+
+    def forward(self, batch: GroundingBatch) -> PointPredictions:
+        """Encode the videos and queries of a batch and predict."""
+        pyramid = self.encode_video(batch.video, batch.video_mask)
+        text = self.encode_text(batch.text, batch.text_mask)
+        return self.predict(pyramid, text, batch.query_video)

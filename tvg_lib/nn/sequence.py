@@ -1,0 +1,151 @@
+"""Masked operations on (B, T, C) sequences.
+
+Convolutions here read zeros beyond the ends of a sequence *and* at its padding, so the two cannot
+be told apart: that is what makes every model of this library invariant to padding.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def zero_invalid(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` (B, T, C) with zeros where `mask` (B, T) is False."""
+    return x.masked_fill(~mask[..., None], 0.0)
+
+
+def pad_time(x: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Append invalid steps until T is a multiple of `multiple`."""
+    missing = -x.shape[1] % multiple
+    if missing == 0:
+        return x, mask
+    return F.pad(x, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+
+
+class MaskedConv1d(nn.Conv1d):
+    """A convolution over time of (B, T, C) that reads zeros at invalid positions.
+
+    With `stride` s the output has T/s steps, step t standing where input step s*t stood; T must be
+    a multiple of s.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=kernel_size // 2,
+            groups=groups,
+            bias=bias,
+        )
+        if bias:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Args: x (B, T, C_in), mask (B, T). Returns (B, T/stride, C_out) and its mask."""
+        stride = self.stride[0]
+        if x.shape[1] % stride:
+            raise ValueError(f"{x.shape[1]} steps are not a multiple of the stride {stride}")
+        x = super().forward(zero_invalid(x, mask).transpose(1, 2)).transpose(1, 2)
+        return x, mask[:, ::stride]
+
+
+def masked_max_pool(x: Tensor, mask: Tensor, stride: int) -> Tensor:
+    """Maximum over windows of three steps centred on every `stride`-th step; (B, T/stride, C).
+
+    Invalid steps never win; a window without a valid step gives zero.
+    """
+    lowest = torch.finfo(x.dtype).min
+    x = x.masked_fill(~mask[..., None], lowest).transpose(1, 2)
+    pooled = F.max_pool1d(x, kernel_size=3, stride=stride, padding=1).transpose(1, 2)
+    return pooled.masked_fill(pooled == lowest, 0.0)
+
+
+class LayerScale(nn.Module):
+    """A learnt scale per channel on a residual branch, with stochastic depth per sample.
+
+    Source: Touvron et al. 2021 (scale); the start 1e-4 is that of SnAG's released code.
+    """
+
+    def __init__(self, channels: int, drop_path: float = 0.0, init: float = 1e-4) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((channels,), init))
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        if not self.training or self.drop_path == 0:
+            return x
+        keep = 1 - self.drop_path
+        alive = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) < keep
+        return x * (alive.to(x.dtype) / keep)
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU, linear, each with dropout."""
+
+    def __init__(self, channels: int, expansion: int = 4, dropout: float = 0.0) -> None:
+        super().__init__(
+            nn.Linear(channels, channels * expansion),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(channels * expansion, channels),
+            nn.Dropout(dropout),
+        )
+
+
+class SinusoidalPositions(nn.Module):
+    """Adds sine-cosine position codes, scaled by 1/sqrt(C), to valid positions.
+
+    A sequence longer than `max_length` gets the trained codes stretched over it by linear
+    interpolation, so that first and last positions keep their codes. The length that counts is the
+    number of valid steps of each row.
+
+    Attributes:
+        stretch_over_padding: take the padded length instead, as SnAG's released code does. Codes
+            then depend on padding; only of use for matching released results.
+    """
+
+    def __init__(self, channels: int, max_length: int, stretch_over_padding: bool = False) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.stretch_over_padding = stretch_over_padding
+        frequencies = 10000.0 ** -torch.linspace(0, 1, channels // 2 + 1)[:-1]
+        angles = torch.arange(max_length)[:, None] * frequencies
+        table = torch.cat([angles.sin(), angles.cos()], dim=1) / math.sqrt(channels)
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Args: x (B, T, C), mask (B, T). Returns (B, T, C)."""
+        steps = x.shape[1]
+        lengths = (
+            mask.sum(1)
+            if not self.stretch_over_padding
+            else mask.new_full((1,), steps, dtype=torch.long)
+        )
+        if steps <= self.max_length or int(lengths.max()) <= self.max_length:
+            codes = F.pad(self.table[:steps], (0, 0, 0, max(0, steps - self.max_length)))
+        else:
+            codes = self._stretched(lengths, steps)
+        return x + zero_invalid(codes.to(x.dtype).expand_as(x), mask)
+
+    def _stretched(self, lengths: Tensor, steps: int) -> Tensor:
+        """(rows, T, C) codes read between the rows of the table."""
+        scale = ((self.max_length - 1) / (lengths - 1).clamp(min=1)).clamp(max=1.0)
+        where = torch.arange(steps, device=lengths.device) * scale[:, None]
+        where = where.clamp(max=self.max_length - 1)
+        below = where.floor().long()
+        above = (below + 1).clamp(max=self.max_length - 1)
+        share = (where - below)[..., None]
+        return self.table[below] * (1 - share) + self.table[above] * share

@@ -1,0 +1,230 @@
+"""Check this library against what the authors' code computed.
+
+    python -m tvg_lib.oracle CASE.safetensors [CASE.safetensors ...]
+
+A case is a safetensors file (weights under their published names as `w.<name>`, inputs, outputs)
+with a JSON file of the same name (its configuration). Prints, per output,
+`case output max_abs_error tolerance ok`; the exit status is 0 only if all hold. Tolerances: 2e-4
+on whole models, 1e-5 on layers, losses and geometry. Errors are taken at valid positions: the
+published code leaves arbitrary values at padding.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tvg_lib.decoding import DecodingConfig, decode
+from tvg_lib.errors import DataError
+from tvg_lib.interop import convert_grounder, snag_config
+from tvg_lib.losses.detection import diou_loss, focal_loss, iou_loss
+from tvg_lib.models.snag import SnAG
+from tvg_lib.nn.points import PointGrid
+
+MODEL_TOLERANCE, LAYER_TOLERANCE = 2e-4, 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One oracle file in memory."""
+
+    name: str
+    description: dict
+    tensors: dict[str, Tensor]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Published parameters under their published names."""
+        return {k.removeprefix("w."): v for k, v in self.tensors.items() if k.startswith("w.")}
+
+    def option(self, name: str, default: float) -> float:
+        """A number from the configuration, where it gives one."""
+        value = self.description.get("config", {}).get(name, default)
+        return value if isinstance(value, (int, float)) else default
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output of a case compared with ours."""
+
+    case: str
+    output: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within tolerance (NaN is not)."""
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else "FAIL"
+        return f"{self.case} {self.output} {self.error:.3e} {self.tolerance:.0e} {verdict}"
+
+
+def read_case(path: Path) -> Case:
+    """Read a case and its configuration.
+
+    Raises:
+        DataError: one of the two files is missing or unreadable.
+    """
+    path = Path(path)
+    try:
+        tensors = load_file(path)
+    except Exception as error:
+        raise DataError(f"{path} is not a readable safetensors file: {error}") from error
+    try:
+        description = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(
+            f"{path.with_suffix('.json')}: no readable configuration: {error}"
+        ) from error
+    return Case(path.stem, description, tensors)
+
+
+def run(path: Path) -> list[Check]:
+    """Run one case and compare every output.
+
+    Raises:
+        DataError: the file is not a case this library knows.
+    """
+    case = read_case(path)
+    for belongs, check in _KINDS:
+        if belongs(case):
+            with torch.no_grad():
+                return list(check(case))
+    raise DataError(f"{path} holds none of the cases this library knows")
+
+
+def _compare(case: Case, output: str, ours: Tensor, theirs: Tensor, tolerance: float) -> Check:
+    if ours.shape != theirs.shape:
+        raise DataError(
+            f"{case.name} {output}: our shape {tuple(ours.shape)}, theirs {tuple(theirs.shape)}"
+        )
+    difference = (ours.double() - theirs.double()).abs()
+    error = difference.max().item() if difference.numel() else 0.0
+    return Check(case.name, output, error, tolerance)
+
+
+def _is_snag(case: Case) -> bool:
+    model = case.description.get("config", {}).get("model", {})
+    return model.get("vid_net", {}).get("name") == "transformer"
+
+
+def _snag(case: Case) -> Iterator[Check]:
+    model = SnAG(snag_config(case.description["config"])).eval()
+    model.load_state_dict(convert_grounder(case.weights, model))
+    video, text = case.tensors["vid"].transpose(1, 2), case.tensors["text"].transpose(2, 3)
+    videos, queries = text.shape[:2]
+    pyramid = model.encode_video(video, case.tensors["vid_mask"].bool().view(videos, -1))
+    words = model.encode_text(
+        text.flatten(0, 1), case.tensors["text_mask"].bool().view(videos * queries, -1)
+    )
+    output = model.predict(pyramid, words, torch.arange(videos).repeat_interleave(queries))
+    levels = zip(
+        pyramid.levels,
+        pyramid.masks,
+        output.per_level(output.logits),
+        output.per_level(output.offsets),
+        output.per_level(output.mask),
+        strict=True,
+    )
+    for number, (features, valid, logits, offsets, mask) in enumerate(levels):
+        expected = {
+            key: case.tensors[f"{key}.{number}"]
+            for key in ("fpn", "logits", "offsets", "mask")
+            if f"{key}.{number}" in case.tensors
+        }
+        yield _compare(
+            case, f"mask.{number}", mask, expected["mask"].view(mask.shape), LAYER_TOLERANCE
+        )
+        if "fpn" in expected:
+            theirs = expected["fpn"].transpose(1, 2)
+            yield _compare(case, f"fpn.{number}", features[valid], theirs[valid], MODEL_TOLERANCE)
+        yield _compare(
+            case, f"logits.{number}", logits[mask], expected["logits"][mask], MODEL_TOLERANCE
+        )
+        yield _compare(
+            case, f"offsets.{number}", offsets[mask], expected["offsets"][mask], MODEL_TOLERANCE
+        )
+
+
+def _losses(case: Case) -> Iterator[Check]:
+    tensors = case.tensors
+    logits, targets = tensors["focal.logits"], tensors["focal.targets"]
+    for key in sorted(key for key in tensors if key.startswith("focal.")):
+        kind = key.removeprefix("focal.")
+        if kind in ("logits", "targets"):
+            continue
+        alpha = None if kind == "none" else float(kind.removeprefix("alpha"))
+        yield _compare(case, key, focal_loss(logits, targets, alpha), tensors[key], LAYER_TOLERANCE)
+    for key, loss in (("seg.iou", iou_loss), ("seg.diou", diou_loss)):
+        ours = loss(tensors["seg.pred"], tensors["seg.gt"])
+        yield _compare(case, key, ours, tensors[key], LAYER_TOLERANCE)
+
+
+def _points_and_suppression(case: Case) -> Iterator[Check]:
+    theirs = case.tensors["points"]
+    strides, lengths = theirs[:, 3].unique(return_counts=True)
+    first, second = (theirs[theirs[:, 3] == stride][0] for stride in strides[:2])
+    grid = PointGrid(
+        regression_range=first[2].item(),
+        sigma=(second[1] / first[2]).item(),
+        center_radius=case.option("center_sampling_radius", 1.5),
+    )
+    points = grid.points(lengths.tolist(), max_length=int(lengths[0]))
+    yield _compare(case, "points", points, theirs, LAYER_TOLERANCE)
+    moments = case.tensors["targets"][:, None]
+    labels, offsets = grid.targets(points, moments)
+    yield _compare(case, "labels", labels, case.tensors["labels"], LAYER_TOLERANCE)
+    yield _compare(case, "offsets", offsets, case.tensors["offsets"], LAYER_TOLERANCE)
+    segments, scores = case.tensors["nms.segs"][None], case.tensors["nms.scores"][None]
+    for key in sorted(key for key in case.tensors if ".voting" in key and key.endswith(".segs")):
+        kind, voting = key.removesuffix(".segs").split(".voting")
+        config = DecodingConfig(
+            suppression="soft" if kind == "soft_nms" else "hard",
+            sigma=case.option("sigma", 0.9),
+            iou_threshold=case.option("iou_thresh", 0.1),
+            min_score=case.option("min_score", 1e-3),
+            keep=len(case.tensors[key]),
+            voting_threshold=float(voting),
+        )
+        picked, picked_scores = decode(segments, scores, config)
+        yield _compare(case, key, picked[0], case.tensors[key], LAYER_TOLERANCE)
+        score_key = key.removesuffix("segs") + "scores"
+        yield _compare(case, score_key, picked_scores[0], case.tensors[score_key], LAYER_TOLERANCE)
+
+
+_KINDS: list[tuple[Callable[[Case], bool], Callable[[Case], Iterator[Check]]]] = [
+    (_is_snag, _snag),
+    (lambda case: "focal.logits" in case.tensors, _losses),
+    (lambda case: "nms.segs" in case.tensors, _points_and_suppression),
+]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the cases named on the command line; see the module's docstring."""
+    if not arguments:
+        print(__doc__, file=sys.stderr)
+        return 2
+    all_ok = True
+    for argument in arguments:
+        try:
+            checks = run(Path(argument))
+        except DataError as error:
+            print(error, file=sys.stderr)
+            all_ok = False
+            continue
+        for check in checks:
+            print(check)
+            all_ok &= check.ok
+    return 0 if all_ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
