@@ -14,7 +14,7 @@ training split has no captions, so the papers' own figures are a reference, not 
     paraphrases_*.jsonl  YoucanBaby/VTG-GPT 9d66061    data/qvhighlights/query/    MIT
 
 The files are never shipped. They are taken from `$TVG_DATA/qvhighlights`, or from the download
-cache, which `download()` fills. `python -m tvg_lib.data.qvh_captions` downloads and embeds everything.
+cache, which `download()` fills; `python -m tvg_lib.data.qvh_captions` downloads and embeds all.
 
 A few videos last between 120 and 150 s, and a few have one caption more or one fewer than
 duration / 2. Captions are kept as they are: the grid is never stretched to fit, so caption i always
