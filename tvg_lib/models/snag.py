@@ -18,7 +18,7 @@ fusion scales and shifts the video features by what cross-attention finds in the
 equation 6 as printed mixes video features by their own attention weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch.nn.functional as F
@@ -255,3 +255,48 @@ class SnAG(PointGrounder):
             regression=RegressionHead(config.channels, config.levels, config.head_layers),
         )
         self.config = config
+
+
+# The released configurations, by their data set and features.
+TACOS = SnagConfig(video_dim=4096, text_dim=300)
+EGO4D_SLOWFAST = SnagConfig(
+    video_dim=2304, text_dim=768, channels=512, text_layers=1, max_words=24, modulation="adaln"
+)
+EGO4D_EGOVLP = SnagConfig(
+    video_dim=256,
+    text_dim=768,
+    channels=384,
+    text_encoder="projection",
+    text_channels=768,
+    max_words=24,
+    text_positions=False,
+    modulation="adaln",
+)
+MAD = SnagConfig(
+    video_dim=512,
+    text_dim=512,
+    channels=512,
+    levels=9,
+    window=17,
+    max_clips=4096,
+    input_stride=2,
+    positions=False,
+    text_encoder="projection",
+    text_channels=512,
+    max_words=75,
+    text_positions=False,
+    modulation="adaln",
+)
+CHARADES_C3D = SnagConfig(
+    video_dim=4096, text_dim=300, levels=6, stem=1, window=5, max_clips=256, max_words=16
+)
+CHARADES_I3D = replace(CHARADES_C3D, video_dim=2048)
+ACTIVITYNET = SnagConfig(
+    video_dim=500,
+    text_dim=300,
+    channels=128,
+    levels=7,
+    window=5,
+    max_clips=256,
+    modulation="adaln",
+)
