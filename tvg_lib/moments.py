@@ -11,7 +11,7 @@ commonest fault of grounding code.
 """
 
 from dataclasses import dataclass, replace
-from math import floor, isfinite
+from math import ceil, floor, isfinite, isnan
 from typing import TypeVar
 
 import numpy as np
@@ -22,7 +22,7 @@ from tvg_lib.errors import DataError, GridMismatchError
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Moment:
     """A stretch of a video, in seconds; `score` is set when it is a prediction."""
 
@@ -35,6 +35,8 @@ class Moment:
             raise DataError(f"a moment needs finite ends, found [{self.start}, {self.end}]")
         if self.end < self.start:
             raise DataError(f"a moment ends before it starts: [{self.start}, {self.end}]")
+        if self.score is not None and isnan(self.score):
+            raise DataError(f"the score of a moment may not be NaN: [{self.start}, {self.end}]")
 
     @property
     def length(self) -> float:
@@ -144,13 +146,13 @@ class TimeGrid:
         `span_to_seconds` on spans.
 
         Raises:
-            DataError: if `end < start` or there are no clips.
+            DataError: if `end < start`, an end is not finite, or there are no clips.
         """
-        if end < start:
-            raise DataError(f"a moment ends before it starts: [{start}, {end}]")
+        if not (isfinite(start) and isfinite(end) and start <= end):
+            raise DataError(f"a moment has finite ends in order, found [{start}, {end}]")
         if num_clips < 1:
             raise DataError(f"a span needs at least one clip, found num_clips={num_clips}")
-        first = floor((start - self.offset) / self.step + 0.5)
+        first = ceil((start - self.offset) / self.step - 0.5)
         last = floor((end - self.offset) / self.step + 0.5) - 1
         if last < first:
             first = last = floor(((start + end) / 2 - self.offset) / self.step)
@@ -175,11 +177,16 @@ class TimeGrid:
 
         Raises:
             GridMismatchError: names both numbers, the grid and `name`.
+            DataError: there are no clips, or the duration is not a positive number.
         """
+        if num_clips < 1:
+            raise DataError(f"{name}: a video has at least one clip, found {num_clips}")
+        if not (isfinite(duration) and duration > 0):
+            raise DataError(f"{name}: a duration is a positive number of seconds: {duration}")
         fewest, most = self.expected_clips(duration)
         slack = max(1, round(0.01 * most))  # containers and annotations disagree by up to 1 %
         if not fewest - slack <= num_clips <= most + slack:
-            last = self.clip_span(max(num_clips - 1, 0))[1]
+            last = self.clip_span(num_clips - 1)[1]
             raise GridMismatchError(
                 f"{name}: {num_clips} clips on this grid reach to {last:.2f} s, but the annotation "
                 f"says the video lasts {duration:.2f} s ({fewest} to {most} clips expected); check "
