@@ -1,0 +1,467 @@
+"""Run the numbered notebooks, in order, at one scale: `python -m tvg_lib.reproduce --scale cpu`.
+
+Each notebook is executed by papermill into `runs/<scale>/notebooks/` with the parameters of
+`params/<scale>/NN_name.yaml` (the smoke scale takes the notebooks' own defaults and embedded data
+only). A notebook that finished leaves a stamp; it is skipped as long as its code, its parameters,
+the library code it imports and the data at hand are the same. Notebooks from 90 on report what the
+others recorded, and depend on the records too. A notebook that fails is kept as far as it came, the
+others go on, and the exit status is 1.
+
+    --only 05,90      these notebooks only
+    --force           run even what is unchanged
+    --list            show what would run, and why
+    --publish         maintainers: copy this scale's fresh records to `results/records/<scale>/`
+                      and make the committed tables and figures from the committed records
+    --commit 05       maintainers: execute notebooks in place at the smoke scale, scrub, check
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from tvg_lib import notebooks, paths
+from tvg_lib.errors import ConfigurationError
+from tvg_lib.fingerprint import code_fingerprint, files_fingerprint, value_fingerprint
+from tvg_lib.results import load_records, records_folder, save
+
+SCALES = ("smoke", "cpu", "full", "gpu")
+FIRST_REPORT = 90
+PUBLISH = "PUBLISH"
+# Kernels run beside this process; their warning about unencrypted local traffic is no news.
+KERNEL = {"kernel_name": "python3", "extra_arguments": ["--log-level=ERROR"]}
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def smoke_environment() -> dict[str, str]:
+    """Environment variables of a notebook at the smoke scale.
+
+    `TVG_DATA` names a folder that cannot exist, so a notebook that reaches for real data fails
+    instead of giving outputs that depend on the machine. One thread: sums do not depend on the
+    number of cores, and notebooks run side by side.
+    """
+    return {
+        "TVG_DATA": str(Path(os.devnull) / "the-smoke-scale-uses-embedded-data-only"),
+        "TVG_CACHE": str(paths.runs("smoke") / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",
+    }
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while; kernels started meanwhile inherit them."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a finished notebook leaves: the key of all it depended on, and what it wrote."""
+
+    key: str
+    seconds: float
+    finished: str
+    artifacts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One notebook at one scale."""
+
+    source: Path
+    scale: str
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """File name without suffix, such as `05_snag`."""
+        return self.source.stem
+
+    @property
+    def is_report(self) -> bool:
+        """Whether the notebook shows what others recorded (numbers from 90 on)."""
+        return int(self.name[:2]) >= FIRST_REPORT
+
+    @property
+    def output(self) -> Path:
+        """The executed notebook."""
+        return paths.runs(self.scale) / "notebooks" / f"{self.name}.ipynb"
+
+    @property
+    def stamp_file(self) -> Path:
+        """The stamp beside the executed notebook."""
+        return self.output.with_suffix(".stamp.json")
+
+    def parameters(self) -> dict[str, Any]:
+        """The values passed to the notebook, checked against its parameters cell.
+
+        Raises:
+            ConfigurationError: no parameter file, an unknown parameter or a wrong type.
+        """
+        values = dict(self.overrides)
+        if self.scale != "smoke":
+            values = read_parameters(paths.params() / self.scale / f"{self.name}.yaml") | values
+        notebooks.check_parameters(values, notebooks.load(self.source), self.source.name)
+        return values
+
+    def key(self) -> str:
+        """Fingerprint of all that the outcome depends on."""
+        notebook = notebooks.load(self.source)
+        modules = sorted(notebooks.used_modules(notebook))
+        return value_fingerprint(
+            {
+                "code": [cell.source for cell in notebooks.code_cells(notebook)],
+                "parameters": self.parameters(),
+                "library": code_fingerprint(*modules),
+                "data": None if self.scale == "smoke" else _data_fingerprint(),
+                "records": _records_fingerprint(self.scale) if self.is_report else None,
+            }
+        )
+
+    def stamp(self) -> Stamp | None:
+        """The stamp of the last finished run; None if there is none or what it made is gone."""
+        try:
+            fields = json.loads(self.stamp_file.read_text(encoding="utf-8"))
+            stamp = Stamp(**(fields | {"artifacts": tuple(fields["artifacts"])}))
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        folder = paths.runs(self.scale)
+        there = self.output.is_file() and all((folder / a).is_file() for a in stamp.artifacts)
+        return stamp if there else None
+
+    def run(self, on_cell: Any) -> float:
+        """Execute the notebook and leave a stamp; returns the seconds it took.
+
+        Args:
+            on_cell: called without arguments after each code cell.
+
+        Raises:
+            papermill.PapermillExecutionError: a cell failed; the notebook is kept up to there.
+        """
+        import papermill
+
+        values, key = self.parameters(), self.key()
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.stamp_file.unlink(missing_ok=True)
+        before = _artifacts(self.scale)
+        started = time.perf_counter()
+        with environment(smoke_environment() if self.scale == "smoke" else {}):
+            papermill.execute_notebook(
+                str(self.source),
+                str(self.output),
+                parameters=values,
+                cwd=str(self.source.parent),
+                progress_bar=False,
+                language="python",
+                **KERNEL,
+                on_cell_start=_take_signals_back,
+                on_cell_executed=lambda **_: on_cell(),
+            )
+        seconds = time.perf_counter() - started
+        after = _artifacts(self.scale)
+        written = sorted(name for name, mark in after.items() if before.get(name) != mark)
+        if self.is_report:
+            key = self.key()  # it may have written records of its own
+        stamp = Stamp(key, round(seconds, 1), datetime.now(UTC).isoformat(), tuple(written))
+        paths.write_text(self.stamp_file, json.dumps(asdict(stamp), indent=1))
+        return seconds
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """A parameter file as a dictionary.
+
+    Raises:
+        ConfigurationError: if it is missing or is not a YAML mapping with string keys.
+    """
+    name = f"params/{path.parent.name}/{path.name}"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigurationError(f"{name} is missing: each notebook needs one a scale") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{name} is not readable YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigurationError(f"{name} must hold `NAME: value` lines, found {values!r}")
+    return values
+
+
+def numbered(*folders: Path) -> list[Path]:
+    """The numbered notebooks of some folders, in order."""
+    files = [p for folder in folders for p in folder.glob("*.ipynb")]
+    return sorted((p for p in files if notebooks.FILE_NAME.fullmatch(p.stem)), key=lambda p: p.stem)
+
+
+def select(only: str | None, candidates: Sequence[Path]) -> list[Path]:
+    """The notebooks that `only` names, in order; all of them where it is empty.
+
+    Args:
+        only: comma-separated numbers or names, such as "05,90_tables".
+        candidates: the notebooks to choose from.
+
+    Raises:
+        ConfigurationError: if a name matches no notebook.
+    """
+    if not only:
+        return list(candidates)
+    chosen: set[Path] = set()
+    for wanted in filter(None, (part.strip() for part in only.split(","))):
+        number = f"{int(wanted):02d}" if wanted.isdecimal() else None
+        matching = [p for p in candidates if wanted in (p.stem, p.name) or p.stem[:2] == number]
+        if not matching:
+            known = ", ".join(dict.fromkeys(p.stem for p in candidates)) or "none"
+            raise ConfigurationError(f"no notebook {wanted!r}; there are {known}")
+        chosen.update(matching)
+    return [p for p in candidates if p in chosen]
+
+
+def reproduce(tasks: Sequence[Task], *, force: bool = False) -> dict[str, str]:
+    """Run notebooks in order, with one progress display; returns what became of each, by name.
+
+    Every parameter file is checked before the first notebook starts.
+
+    Raises:
+        ConfigurationError: a parameter is wrong, or another run of this scale is going on.
+        KeyboardInterrupt: stopped by the user; finished notebooks keep their stamps.
+    """
+    for task in tasks:
+        task.parameters()
+    sizes = {t.name: len(notebooks.code_cells(notebooks.load(t.source))) for t in tasks}
+    outcome: dict[str, str] = {}
+    with _locked(tasks[0].scale), _progress(sum(sizes.values())) as bar:
+        for number, task in enumerate(tasks, start=1):
+            bar.set_description(f"{task.name} ({number} of {len(tasks)})")
+            done_before = bar.n
+            stamp = None if force else task.stamp()
+            if stamp is not None and stamp.key == task.key():
+                outcome[task.name] = f"unchanged (took {stamp.seconds:.0f} s)"
+                bar.total -= sizes[task.name]
+                bar.refresh()
+            else:
+                outcome[task.name] = _attempt(task, bar)
+                bar.update(done_before + sizes[task.name] - bar.n)
+            bar.write(f"{task.name}: {outcome[task.name]}", file=sys.stdout)
+    return outcome
+
+
+def _attempt(task: Task, bar: tqdm) -> str:
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        return f"done in {task.run(bar.update):.0f} s"
+    except PapermillExecutionError as error:
+        lines = _ANSI.sub("", "\n".join(error.traceback)).splitlines()
+        text = "\n".join(["...", *lines[-30:]] if len(lines) > 30 else lines)
+        bar.write(f"\n{task.name}, cell [{error.exec_count}]:\n{text}\n", file=sys.stdout)
+        reason = f"{error.ename}: {error.evalue}".splitlines()[0]
+    except DeadKernelError:
+        reason = "the kernel died (out of memory?)"
+    return f"FAILED ({reason}); kept as runs/{task.scale}/notebooks/{task.name}.ipynb"
+
+
+@contextmanager
+def _locked(scale: str) -> Iterator[None]:
+    folder = paths.runs(scale)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ConfigurationError(f"another run at scale {scale} is going on") from None
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[tqdm]:
+    """One bar over all cells. A long cell does not freeze it: its clock ticks on a terminal."""
+    live = sys.stderr.isatty()
+    stop = threading.Event()
+    with tqdm(total=total, unit="cell", mininterval=0.1 if live else 60, smoothing=0) as bar:
+
+        def tick() -> None:
+            while not stop.wait(1.0):
+                bar.refresh()
+
+        ticker = threading.Thread(target=tick, daemon=True)
+        if live:
+            ticker.start()
+        try:
+            yield bar
+        finally:
+            stop.set()
+            if live:
+                ticker.join()
+
+
+def _take_signals_back(**_: Any) -> None:
+    """Let Ctrl-C and SIGTERM raise here.
+
+    nbclient answers both by shutting the kernel down, which looks like a crash of the notebook: the
+    runner would go on with the next one.
+    """
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.default_int_handler)
+
+
+def _artifacts(scale: str) -> dict[str, int]:
+    """Records and figures of a scale, by name below its folder, with their times of change."""
+    folder = paths.runs(scale)
+    files = [f for part in ("records", "figures") for f in (folder / part).rglob("*")]
+    return {f.relative_to(folder).as_posix(): f.stat().st_mtime_ns for f in files if f.is_file()}
+
+
+def _data_fingerprint() -> str | None:
+    folder = paths.data()
+    if folder is None:
+        return None
+    return files_fingerprint((f for f in folder.rglob("*") if f.is_file()), folder, contents=False)
+
+
+def _records_fingerprint(scale: str) -> str:
+    folders = [paths.results(), records_folder(scale, fresh=True)]
+    files = [f for folder in folders for f in folder.rglob("*") if f.suffix in (".json", ".csv")]
+    return files_fingerprint(files, paths.root())
+
+
+def publish(scale: str) -> list[Task]:
+    """Copy the fresh records of a scale to the committed ones; returns the report notebooks to run.
+
+    Raises:
+        ConfigurationError: if the scale is one whose records are not committed.
+        tvg_lib.errors.DataError: if a fresh record is corrupt.
+    """
+    if scale == "smoke":
+        raise ConfigurationError("records of the smoke scale are never committed")
+    for record in load_records(records_folder(scale, fresh=True)):
+        print(f"published {save(record, records_folder(scale)).name}")
+    return [
+        task
+        for source in numbered(paths.notebooks())
+        if (task := Task(source, scale, ((PUBLISH, True),))).is_report
+    ]
+
+
+def execute_for_commit(path: Path) -> list[str]:
+    """Execute a notebook in place at the smoke scale, scrub it and return the rules it breaks.
+
+    The file is only replaced when every cell ran.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
+    from nbclient import NotebookClient
+
+    notebook = notebooks.load(path)
+    folder = str(path.parent)
+    with environment(smoke_environment()):
+        NotebookClient(notebook, resources={"metadata": {"path": folder}}, **KERNEL).execute()
+    paths.write_text(path, nbformat.writes(notebooks.scrub(notebook)) + "\n")
+    return notebooks.problems(path, solution=path.parent.name == "solutions")
+
+
+def _commit(only: str) -> int:
+    from nbclient.exceptions import CellExecutionError
+
+    folder = paths.notebooks()
+    status = 0
+    for path in select(only, numbered(folder, folder / "solutions")):
+        name = path.relative_to(folder).as_posix()
+        started = time.perf_counter()
+        try:
+            found = execute_for_commit(path)
+        except CellExecutionError as error:
+            print(f"{name}: not changed, a cell failed\n{_ANSI.sub('', str(error))}")
+            status = 1
+            continue
+        seconds, size = time.perf_counter() - started, path.stat().st_size / 1000
+        print(f"{name}: executed in {seconds:.0f} s, {size:.0f} KB")
+        for problem in found:
+            print(f"  {problem}")
+            status = 1
+    return status
+
+
+def _show(tasks: Iterable[Task]) -> None:
+    for task in tasks:
+        stamp = task.stamp()
+        if stamp is None:
+            state = "to run"
+        elif stamp.key != task.key():
+            state = f"to run: changed since {stamp.finished[:16]} (took {stamp.seconds:.0f} s)"
+        else:
+            state = f"unchanged since {stamp.finished[:16]} (took {stamp.seconds:.0f} s)"
+        print(f"{task.name}: {state}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tvg_lib.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--only", metavar="05,90")
+    parser.add_argument("--force", action="store_true")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--list", action="store_true")
+    action.add_argument("--publish", action="store_true")
+    action.add_argument("--commit", metavar="05", dest="commit")
+    options = parser.parse_args(arguments)
+    try:
+        if options.commit:
+            return _commit(options.commit)
+        if options.publish:
+            tasks = publish(options.scale)
+        else:
+            chosen = select(options.only, numbered(paths.notebooks()))
+            tasks = [Task(path, options.scale) for path in chosen]
+        if not tasks:
+            raise ConfigurationError("there are no numbered notebooks")
+        if options.list:
+            _show(tasks)
+            return 0
+        outcome = reproduce(tasks, force=options.force)
+    except ConfigurationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on from here", file=sys.stderr)
+        return 130
+    failed = [name for name, text in outcome.items() if text.startswith("FAILED")]
+    print(f"\n{len(outcome) - len(failed)} of {len(outcome)} notebooks at scale {options.scale}:")
+    for name, text in outcome.items():
+        print(f"  {name:<32} {text}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
