@@ -256,7 +256,7 @@ def _read(dataset: GroundingDataset, sample: Sample) -> _Item:
     grid = dataset.videos[sample.video_id].grid
     return _Item(
         video_id=sample.video_id,
-        video=dataset.video_features[sample.video_id],
+        video=dataset.clips(sample.video_id),
         grid=grid,
         queries=sample.queries,
         moments=tuple(grid.to_index(dataset.queries[i].moments) for i in sample.queries),

@@ -1,7 +1,9 @@
-"""The one in-memory form of every data set: videos, queries, moments in seconds, one grid a video."""
+"""The one in-memory form of every data set: videos, queries, moments in seconds, time grids."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from html import escape
+from math import isfinite
 
 import numpy as np
 
@@ -18,8 +20,15 @@ class Video:
     duration: float
     grid: TimeGrid
 
+    def __post_init__(self) -> None:
+        if not (isfinite(self.duration) and self.duration > 0):
+            raise DataError(
+                f"video {self.id!r}: a duration is a positive number of seconds, found "
+                f"{self.duration!r}"
+            )
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Saliency:
     """Highlight annotation of a query (QVHighlights): scores of chosen clips by several annotators.
 
@@ -31,8 +40,15 @@ class Saliency:
     clips: np.ndarray
     scores: np.ndarray
 
+    def __post_init__(self) -> None:
+        if self.clips.ndim != 1 or self.scores.ndim != 2 or len(self.clips) != len(self.scores):
+            raise DataError(
+                "saliency has (K,) clips and (K, A) scores, found shapes "
+                f"{self.clips.shape} and {self.scores.shape}"
+            )
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Query:
     """A sentence about a video and the moments it describes.
 
@@ -50,8 +66,15 @@ class Query:
     moments: np.ndarray
     saliency: Saliency | None = None
 
+    def __post_init__(self) -> None:
+        if self.moments.ndim != 2 or self.moments.shape[1] != 2:
+            raise DataError(
+                f"query {self.id!r}: moments are a (M, 2) array of start and end, found shape "
+                f"{self.moments.shape}"
+            )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class GroundingDataset:
     """Videos, queries about them, and lazily read features of both.
 
@@ -83,12 +106,35 @@ class GroundingDataset:
             by_id[query.id] = position
             if query.video_id not in self.videos:
                 raise DataError(
-                    f"{self.name}: query {query.id!r} asks about video {query.video_id!r}, which is "
-                    f"not among the {len(self.videos)} videos"
+                    f"{self.name}: query {query.id!r} asks about video {query.video_id!r}, "
+                    f"which is not among the {len(self.videos)} videos"
                 )
             by_video.setdefault(query.video_id, []).append(position)
         object.__setattr__(self, "_by_video", by_video)
         object.__setattr__(self, "_by_id", by_id)
+        self._check_moments()
+
+    def _check_moments(self) -> None:
+        """Moments lie in their videos: the readers clip and count, nothing else may slip in."""
+        misnamed = next((key for key, video in self.videos.items() if video.id != key), None)
+        if misnamed is not None:
+            raise DataError(
+                f"{self.name}: the video under {misnamed!r} is called {self.videos[misnamed].id!r}"
+            )
+        if not self.queries:
+            return
+        owners = np.repeat(np.arange(len(self.queries)), [len(q.moments) for q in self.queries])
+        start, end = np.concatenate([query.moments for query in self.queries]).T
+        durations = np.array([self.videos[query.video_id].duration for query in self.queries])
+        slack = 1e-3  # seconds: rounding of published times and durations
+        inside = (start >= -slack) & (start <= end) & (end <= durations[owners] + slack)
+        if not inside.all():  # NaN is not inside either
+            bad = int(np.argmin(inside))
+            query = self.queries[owners[bad]]
+            raise DataError(
+                f"{self.name}: query {query.id!r} has the moment [{start[bad]}, {end[bad]}], which "
+                f"does not lie in its video {query.video_id!r} of {durations[owners[bad]]} s"
+            )
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -129,28 +175,59 @@ class GroundingDataset:
 
         Returns:
             (kept, held out)
+
+        Raises:
+            DataError: the fraction is not between 0 and 1, or one side would have no video.
         """
         if not 0 < fraction < 1:
             raise DataError(f"the held-out fraction lies between 0 and 1, found {fraction}")
         ids = sorted(self.videos)
         order = np.random.default_rng(seed).permutation(len(ids))
-        held = {ids[i] for i in order[: max(1, round(fraction * len(ids)))]}
+        count = max(1, round(fraction * len(ids)))
+        if count >= len(ids):
+            raise DataError(
+                f"{self.name}: holding {fraction} of {len(ids)} videos out leaves none to train on"
+            )
+        held = {ids[i] for i in order[:count]}
         return (
             self.subset(set(ids) - held, f"{self.name}-train"),
             self.subset(held, f"{self.name}-held"),
         )
 
+    def clips(self, video_id: str) -> np.ndarray:
+        """(T, C) clip features of a video, checked against its grid and duration.
+
+        Raises:
+            GridMismatchError: they do not fit; names both numbers.
+            DataError: there is no such video, or its features are missing or broken.
+        """
+        if video_id not in self.videos:
+            raise DataError(f"{self.name} has no video {video_id!r}")
+        video = self.videos[video_id]
+        features = self.video_features[video_id]
+        video.grid.check(len(features), video.duration, f"{self.name}: video {video_id!r}")
+        return features
+
     def check(self) -> None:
-        """Read every feature once and check it against its grid; used by the doctor and by tests.
+        """Read every feature once, one at a time, and check it.
 
         Raises:
             GridMismatchError: a video's features do not fit its duration.
             DataError: features are missing, empty, of mixed width, or not finite.
         """
-        for video in self.videos.values():
-            video.grid.check(len(self.video_features[video.id]), video.duration, video.id)
-        for query in self.queries:
-            self.text_features[query.id]
+        for video_id in self.videos:
+            self._check_width(self.clips(video_id), self.video_features, video_id)
+        for store in (self.text_features, self.sentence_features):
+            if store is not None:
+                for query in self.queries:
+                    self._check_width(store[query.id], store, query.id)
+
+    def _check_width(self, features: np.ndarray, store: FeatureStore, key: str) -> None:
+        if features.ndim != 2 or features.shape[1] != store.dim or not np.isfinite(features).all():
+            raise DataError(
+                f"{self.name}: the features of {key!r} are not finite (T, {store.dim}): found "
+                f"shape {features.shape}"
+            )
 
     def __repr__(self) -> str:
         hours = sum(video.duration for video in self.videos.values()) / 3600
@@ -158,3 +235,16 @@ class GroundingDataset:
             f"GroundingDataset({self.name}: {len(self.videos)} videos, {hours:.1f} h, "
             f"{len(self.queries)} queries)"
         )
+
+    def _repr_html_(self) -> str:
+        counts = {
+            "videos": len(self.videos),
+            "hours": f"{sum(video.duration for video in self.videos.values()) / 3600:.1f}",
+            "queries": len(self.queries),
+            "moments": sum(len(query.moments) for query in self.queries),
+            "with saliency": sum(query.saliency is not None for query in self.queries),
+            "grids": len({video.grid for video in self.videos.values()}),
+        }
+        head = "".join(f"<th>{name}</th>" for name in counts)
+        row = "".join(f"<td>{value}</td>" for value in counts.values())
+        return f"<b>{escape(self.name)}</b><table><tr>{head}</tr><tr>{row}</tr></table>"
