@@ -13,8 +13,10 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tvg_lib.decoding import DecodingConfig
 from tvg_lib.errors import DataError
 from tvg_lib.models.snag import SnAG, SnagConfig
+from tvg_lib.nn.points import PointGrid
 
 # Published prefix or part -> ours, applied in order to every name.
 _RENAMES = [
@@ -117,6 +119,34 @@ def snag_config(published: Mapping, as_published: bool = True) -> SnagConfig:
     )
 
 
+def point_grid(published: Mapping) -> PointGrid:
+    """The rules of points and targets that a released configuration describes."""
+    points, train = published.get("pt_gen", {}), published.get("train", {})
+    return PointGrid(
+        regression_range=points.get("regression_range", 4),
+        sigma=points.get("sigma", 0.5),
+        center_radius=train.get("center_sampling_radius", 1.5),
+    )
+
+
+def decoding_config(published: Mapping) -> DecodingConfig:
+    """How a released configuration turns points into moments."""
+    evaluation = published.get("eval", {})
+    nms = evaluation.get("nms", {})
+    kinds = {"soft_nms": "soft", "nms": "hard", None: None}
+    return DecodingConfig(
+        score_threshold=evaluation.get("pre_nms_thresh", 0.001),
+        pre_top_k=evaluation.get("pre_nms_topk", 2000),
+        min_length=evaluation.get("seg_len_thresh", 0.1),
+        suppression=kinds[nms.get("mode", "soft_nms")],
+        sigma=nms.get("sigma", 0.9),
+        iou_threshold=nms.get("iou_thresh", 0.1),
+        min_score=nms.get("min_score", 0.001),
+        keep=nms.get("max_num_segs", 5),
+        voting_threshold=nms.get("voting_thresh", 0.95),
+    )
+
+
 def convert_grounder(published: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Published parameters under this library's names and shapes.
 
@@ -164,6 +194,22 @@ def convert_grounder(published: Mapping[str, Tensor], model: nn.Module) -> dict[
     return converted
 
 
+def read_configuration(path: Path) -> dict:
+    """A released YAML configuration.
+
+    Raises:
+        DataError: the file cannot be read or is not a mapping.
+    """
+    path = Path(path)
+    try:
+        published = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a readable configuration: {error}") from error
+    if not isinstance(published, dict):
+        raise DataError(f"{path}: a mapping expected, found {type(published).__name__}")
+    return published
+
+
 def read_weights(path: Path, ema: bool = True) -> dict[str, Tensor]:
     """Parameters of a released checkpoint (`.pth`) or of a safetensors file.
 
@@ -202,11 +248,6 @@ def load_snag(
     Raises:
         DataError: a file cannot be read, or the two do not fit each other.
     """
-    configuration = Path(configuration)
-    try:
-        published = yaml.safe_load(configuration.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{configuration} is not a readable configuration: {error}") from error
-    model = SnAG(snag_config(published, as_published))
+    model = SnAG(snag_config(read_configuration(configuration), as_published))
     model.load_state_dict(convert_grounder(read_weights(checkpoint, ema), model))
     return model.to(device).eval()

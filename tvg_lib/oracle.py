@@ -22,6 +22,7 @@ from torch import Tensor
 from tvg_lib.decoding import DecodingConfig, decode
 from tvg_lib.errors import DataError
 from tvg_lib.interop import convert_grounder, snag_config
+from tvg_lib.losses.contrastive import ContrastiveProjector, anchor_contrast, segment_contrast
 from tvg_lib.losses.detection import diou_loss, focal_loss, iou_loss
 from tvg_lib.models.snag import SnAG
 from tvg_lib.nn.points import PointGrid
@@ -166,6 +167,41 @@ def _losses(case: Case) -> Iterator[Check]:
     for key, loss in (("seg.iou", iou_loss), ("seg.diou", diou_loss)):
         ours = loss(tensors["seg.pred"], tensors["seg.gt"])
         yield _compare(case, key, ours, tensors[key], LAYER_TOLERANCE)
+    levels = range(sum(key.startswith("acc.seq.") for key in tensors))
+    project = {kind: _projector(case, kind) for kind in ("acc", "spc")}
+    features = [tensors[f"acc.seq.{level}"].transpose(1, 2) for level in levels]
+    anchor_loss = sum(
+        anchor_contrast(
+            project["acc"](features[level]),
+            tensors[f"acc.seq_mask.{level}"].bool().squeeze(1),
+            project["acc"](tensors[f"acc.anchor.{level}"].transpose(1, 2)),
+            tensors[f"acc.anchor_mask.{level}"].bool().squeeze(1),
+        )
+        for level in levels
+    )
+    yield _compare(case, "acc.loss", anchor_loss, tensors["acc.loss"], LAYER_TOLERANCE)
+    segment_loss = 0
+    for level in levels:
+        valid, label, span = (
+            tensors[f"spc.{name}.{level}"].bool() for name in ("mask", "label", "span")
+        )
+        points = project["spc"](features[level])
+        segment_loss = segment_loss + segment_contrast(points, label & valid, valid & ~span)
+    yield _compare(case, "spc.loss", segment_loss, tensors["spc.loss"], LAYER_TOLERANCE)
+
+
+def _projector(case: Case, kind: str) -> ContrastiveProjector:
+    """The contrastive projector of a case, from its published names."""
+    names = {"fc1": "hidden", "ln1": "norm", "fc2": "output"}
+    prefix = f"{kind}.w.projector."
+    weights = {}
+    for key in (key for key in case.tensors if key.startswith(prefix)):
+        layer, parameter = key.removeprefix(prefix).split(".")
+        weights[f"{names[layer]}.{parameter}"] = case.tensors[key]
+    hidden, channels = weights["hidden.weight"].shape
+    projector = ContrastiveProjector(channels, hidden, len(weights["output.weight"]))
+    projector.load_state_dict(weights)
+    return projector
 
 
 def _points_and_suppression(case: Case) -> Iterator[Check]:

@@ -1,0 +1,119 @@
+"""HieraMamba's two contrastive losses (An and Grauman, CVPR 2026), as its released code has them.
+
+ACC, anchor-conditioned contrast: an anchor resembles the tokens it summarises, not far anchors.
+SPC, segment-pooled contrast: points of the moment resemble their mean, points outside do not.
+
+For unit vectors and temperature tau, with S+ and S- the sums of exp(similarity / tau) over the
+positives and the negatives, both are -log(S+ / (S+ + S-)). Each function here takes one level of
+the pyramid; levels are summed by the objective.
+"""
+
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ContrastiveProjector(nn.Module):
+    """Linear, layer norm, GELU, linear, and scaling to unit length: the space of the contrast."""
+
+    def __init__(self, channels: int, hidden: int | None = None, out_channels: int = 256) -> None:
+        super().__init__()
+        hidden = hidden or channels
+        self.hidden = nn.Linear(channels, hidden, bias=False)
+        self.norm = nn.LayerNorm(hidden)
+        self.output = nn.Linear(hidden, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x (..., C). Returns (..., out_channels) of length 1, in float32."""
+        return F.normalize(self.output(F.gelu(self.norm(self.hidden(x)))).float(), dim=-1)
+
+
+def anchor_contrast(
+    tokens: Tensor,
+    token_mask: Tensor,
+    anchors: Tensor,
+    anchor_mask: Tensor,
+    gap_ratio: float = 0.2,
+    negative_ratio: float | None = None,
+    temperature: float = 0.07,
+) -> Tensor:
+    """ACC of one level.
+
+    Args:
+        tokens: (B, N * s, D) unit vectors; anchor n summarises tokens n * s ... n * s + s - 1.
+        token_mask: (B, N * s).
+        anchors: (B, N, D) unit vectors; anchor_mask (B, N).
+        gap_ratio: negatives are anchors of the same video more than max(1, gap_ratio * N) away.
+        negative_ratio: random negatives per positive token; None takes every admissible one.
+        temperature: tau.
+
+    Returns:
+        The mean over valid anchors; one without negatives counts as 0.
+    """
+    batch, count, width = anchors.shape
+    stride = tokens.shape[1] // count
+    own = torch.einsum("bnd,bnsd->bns", anchors, tokens.view(batch, count, stride, width))
+    positive = token_mask.view(batch, count, stride)
+    place = torch.arange(count, device=anchors.device)
+    far = (place[:, None] - place).abs() > max(1, int(gap_ratio * count))
+    negative = (far & anchor_mask[:, None]).expand(batch, count, count)
+    if negative_ratio is not None:
+        negative = random_subset(negative, ceil(negative_ratio * stride))
+    others = anchors @ anchors.transpose(1, 2)
+    loss = _log_ratio(own / temperature, positive, others / temperature, negative)
+    return loss.masked_fill(~anchor_mask, 0.0).sum() / anchor_mask.sum().clamp(min=1)
+
+
+def segment_contrast(
+    features: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    negative_ratio: float | None = None,
+    temperature: float = 0.07,
+) -> Tensor:
+    """SPC of one level.
+
+    Args:
+        features: (Q, P, D) unit vectors of the points of each query's video.
+        positive: (Q, P) points of the moment: the centre-sampled ones in the released code.
+        negative: (Q, P) valid points outside the whole annotated moment.
+        negative_ratio: random negatives per positive; None takes every one.
+        temperature: tau.
+
+    Returns:
+        The mean over the queries that have both kinds; 0 where none has.
+    """
+    if negative_ratio is not None:
+        negative = random_subset(negative, (negative_ratio * positive.sum(1, keepdim=True)).ceil())
+    mean = (features * positive[..., None]).sum(1) / positive.sum(1, keepdim=True).clamp(min=1)
+    similarity = torch.einsum("qd,qpd->qp", F.normalize(mean, dim=-1), features) / temperature
+    loss = _log_ratio(similarity, positive, similarity, negative)
+    both = positive.any(1) & negative.any(1)
+    return loss.masked_fill(~both, 0.0).sum() / both.sum().clamp(min=1)
+
+
+def random_subset(candidates: Tensor, count: int | Tensor) -> Tensor:
+    """A random choice of up to `count` of the True entries of the last axis.
+
+    Args:
+        candidates: (..., N) boolean.
+        count: how many to keep of each row; a tensor broadcasts against (..., 1).
+
+    Returns:
+        (..., N) boolean.
+    """
+    order = torch.rand(candidates.shape, device=candidates.device).masked_fill(~candidates, 2.0)
+    rank = order.argsort(dim=-1).argsort(dim=-1)
+    return candidates & (rank < count)
+
+
+def _log_ratio(
+    positive: Tensor, positive_mask: Tensor, negative: Tensor, negative_mask: Tensor
+) -> Tensor:
+    """-log(S+ / (S+ + S-)) over the last axis, from logits; 0 where a row has no negative."""
+    # The fill is finite so that rows without entries give finite gradients.
+    log_positive = positive.masked_fill(~positive_mask, -1e9).logsumexp(-1)
+    log_negative = negative.masked_fill(~negative_mask, -1e9).logsumexp(-1)
+    return F.softplus(log_negative - log_positive)
