@@ -13,7 +13,6 @@ sentences. They work in shards, so an interrupted run goes on where it stopped.
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -313,13 +312,11 @@ def _assemble(
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[str]:
+def _replacing(target: Path) -> Iterator[Path]:
     """A temporary file beside `target` that takes its name only if the block ends well."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=target.suffix)
-    os.close(handle)
+    temporary = target.with_name(f".{os.getpid()}-{target.name}")
     try:
         yield temporary
         os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
