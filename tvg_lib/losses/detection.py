@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tvg_lib.data.batching import GroundingBatch
+from tvg_lib.distributed import reduce_sum
 from tvg_lib.nn.points import PointGrid
 from tvg_lib.nn.pyramid import PointPredictions
 
@@ -127,7 +128,7 @@ class DetectionObjective(nn.Module):
         classification = focal.masked_fill(~output.mask, 0.0).sum() / norm
         regression = self.regression(output.offsets[positive], offsets[positive]).sum() / norm
         if self.training:
-            self.norm.update(positive.sum())
+            self.norm.update(reduce_sum(positive.sum()))
         return {
             "total": classification + self.regression_weight * regression,
             "classification": classification,
