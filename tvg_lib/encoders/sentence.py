@@ -77,8 +77,14 @@ class MiniLM:
     @cached_property
     def _model(self) -> "SentenceTransformer":
         from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging
 
-        return SentenceTransformer(find_minilm(), device=self.device)
+        # Six layers load in a moment; a bar for each tensor would only fill the notebook.
+        logging.disable_progress_bar()
+        try:
+            return SentenceTransformer(find_minilm(), device=self.device)
+        finally:
+            logging.enable_progress_bar()
 
     def encode(self, sentences: Sequence[str]) -> np.ndarray:
         """(N, 384) float32 unit vectors.
