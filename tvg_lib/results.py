@@ -23,6 +23,7 @@ from typing import Any
 from tvg_lib import paths
 from tvg_lib.errors import DataError
 from tvg_lib.fingerprint import code_fingerprint
+from tvg_lib.metrics import Estimate
 
 LINUX = hasattr(os, "sched_getaffinity")  # the cores this process may use, not those there are
 PACKAGES = (
@@ -130,7 +131,7 @@ def new_record(
     seed: int,
     *,
     parameters: Any,
-    metrics: Mapping[str, Metric | Mapping[str, float] | float],
+    metrics: Mapping[str, Metric | Estimate | float],
     seconds: float,
     modules: Sequence[ModuleType | str],
     variant: str = "main",
@@ -146,7 +147,8 @@ def new_record(
         seed: of this run.
         parameters: resolved; a mapping or a dataclass. Paths below the checkout become relative, of
             other absolute paths only the last part is kept.
-        metrics: numbers by name, each a `Metric`, a mapping with its fields, or a plain number.
+        metrics: numbers by name, each an estimate with its interval or a plain number. Estimates
+            that no query counts for are undefined and left out.
         seconds: wall time.
         modules: library modules that made the numbers, for the code hash.
         variant: "main", or the name of an ablation.
@@ -164,7 +166,11 @@ def new_record(
         seed=seed,
         variant=variant,
         parameters=_portable(parameters, "parameters"),
-        metrics={name: _metric(value, name) for name, value in metrics.items()},
+        metrics={
+            name: _metric(value, name)
+            for name, value in metrics.items()
+            if not (isinstance(value, Estimate) and value.n == 0)
+        },
         environment=environment(),
         seconds=round(float(seconds), 2),
         commit=commit,
@@ -213,6 +219,14 @@ class Summary:
         return f"{self.mean:.2f}" if self.sd is None else f"{self.mean:.2f} ± {self.sd:.2f}"
 
 
+def selected(
+    records: Iterable[RunRecord], method: str, dataset: str, variant: str = "main"
+) -> list[RunRecord]:
+    """The runs of one method on one data set in one variant."""
+    wanted = (method, dataset, variant)
+    return [r for r in records if (r.method, r.dataset, r.variant) == wanted]
+
+
 def over_seeds(
     records: Iterable[RunRecord], method: str, dataset: str, metric: str, variant: str = "main"
 ) -> Summary | None:
@@ -221,11 +235,7 @@ def over_seeds(
     Raises:
         DataError: if the records belong to several scales, or one seed occurs twice.
     """
-    chosen = [
-        r
-        for r in records
-        if (r.method, r.dataset, r.variant) == (method, dataset, variant) and metric in r.metrics
-    ]
+    chosen = [r for r in selected(records, method, dataset, variant) if metric in r.metrics]
     if not chosen:
         return None
     scales, seeds = {r.scale for r in chosen}, [r.seed for r in chosen]
@@ -268,17 +278,13 @@ def _interval(metric: Metric) -> str:
     return f"[{metric.low:.2f}, {metric.high:.2f}]"
 
 
-def _metric(value: Metric | Mapping[str, float] | float, name: str) -> Metric:
+def _metric(value: Any, name: str) -> Metric:
     try:
-        if isinstance(value, Metric):
-            metric = value
-        elif isinstance(value, Mapping):
-            metric = Metric(**value)
-        else:
-            metric = Metric(value)
+        if not isinstance(value, Metric | Estimate):
+            value = Metric(value)
         # Plain numbers: NumPy and PyTorch scalars do not go into JSON.
-        low, high = (None if end is None else float(end) for end in (metric.low, metric.high))
-        metric = Metric(float(metric.value), low, high, None if metric.n is None else int(metric.n))
+        low, high = (None if end is None else float(end) for end in (value.low, value.high))
+        metric = Metric(float(value.value), low, high, None if value.n is None else int(value.n))
     except (TypeError, ValueError) as error:
         raise DataError(f"metric {name!r}: expected a number, found {value!r}") from error
     numbers = (metric.value, metric.low, metric.high)
@@ -316,7 +322,7 @@ def _read(path: Path) -> RunRecord:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["metrics"] = {
-            name: _metric(value, name) for name, value in content["metrics"].items()
+            name: _metric(Metric(**value), name) for name, value in content["metrics"].items()
         }
         content["artifacts"] = tuple(content["artifacts"])
         record = RunRecord(**content)
