@@ -210,7 +210,7 @@ def durations_from_features(
 
 def read_snag(
     path: Source,
-    split: str | Sequence[str],
+    split: str | Sequence[str] | None = None,
     *,
     name: str | None = None,
     strict: bool = False,
@@ -226,8 +226,8 @@ def read_snag(
 
     Args:
         path: the file.
-        split: one split or several, joined in that order.
-        name: of the annotations; the file's and the split's by default.
+        split: one split or several, joined in that order; None for all of the file.
+        name: of the annotations; the file's and the splits' by default.
         strict: raise where the policy of this module would clip or drop.
 
     Raises:
@@ -235,7 +235,6 @@ def read_snag(
     """
     path = Path(path)
     content = _object(_read_json(path), str(path))
-    splits = (split,) if isinstance(split, str) else tuple(split)
     if "database" in content:
         groups: dict[str, dict[str, Any]] = {}
         for video_id, entry in _object(content["database"], f"{path}: 'database'").items():
@@ -248,6 +247,7 @@ def read_snag(
             for key, value in content.items()
             if key != "version"
         }
+    splits = (split,) if isinstance(split, str) else tuple(groups if split is None else split)
     builder = _Builder(path, name or f"{path.stem}/{'+'.join(splits)}", strict)
     for chosen in splits:
         if chosen not in groups:
