@@ -135,8 +135,6 @@ def planted(split: Split, config: PlantedConfig | None = None) -> GroundingDatas
     Raises:
         DataError: there is no such split.
     """
-    if split not in SPLITS:
-        raise DataError(f"the planted data have the splits {', '.join(SPLITS)}, found {split!r}")
     config = PlantedConfig() if config is None else config
     world = _World.made(config)
     videos: dict[str, Video] = {}
@@ -144,15 +142,9 @@ def planted(split: Split, config: PlantedConfig | None = None) -> GroundingDatas
     clips: dict[str, np.ndarray] = {}
     words: dict[str, np.ndarray] = {}
     sentences: dict[str, np.ndarray] = {}
-    for number in range(getattr(config, split)):
-        rng = np.random.default_rng([config.seed, SPLITS.index(split), number])
-        video_id = f"planted-{split}-{number:04d}"
-        low, high = config.clips
-        length = round(exp(rng.uniform(log(low), log(high))))
-        video = Video(video_id, length * GRID.step, GRID)
-        story = _story(video.duration, config, rng)
-        videos[video_id] = video
-        clips[video_id] = world.film(story, length, rng)
+    for video, length, story, rng in _stories(split, config):
+        videos[video.id] = video
+        clips[video.id] = world.film(story, length, rng)
         for query in _ask(video, story, config.queries, rng):
             queries.append(query)
             words[query.id], sentences[query.id] = world.read(query.text, rng)
@@ -166,6 +158,57 @@ def planted(split: Split, config: PlantedConfig | None = None) -> GroundingDatas
     )
 
 
+def captions(split: Split, config: PlantedConfig | None = None) -> dict[str, list[str]]:
+    """What is planted in every clip, in words, by video id: the script that the features follow.
+
+    Clip i's caption names all events that fill at least half of the clip.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    config = PlantedConfig() if config is None else config
+    scripts = {}
+    for video, length, story, _ in _stories(split, config):
+        scenes = [
+            (_sentence(scene.event, _NAMED[0]), scene.share(length) >= 0.5) for scene in story
+        ]
+        scripts[video.id] = [
+            ", ".join(dict.fromkeys(text for text, there in scenes if there[clip]))
+            or "only background"
+            for clip in range(length)
+        ]
+    return scripts
+
+
+class PlantedWords:
+    """The text encoder of the planted world, for questions of one's own (a `SentenceEncoder`)."""
+
+    def __init__(self, config: PlantedConfig | None = None) -> None:
+        self._world = _World.made(PlantedConfig() if config is None else config)
+
+    @property
+    def name(self) -> str:
+        """Names the vectors."""
+        return f"planted-words-{self._world.config.seed}"
+
+    @property
+    def dim(self) -> int:
+        """Width C of every vector."""
+        return self._world.config.dim
+
+    def encode(self, sentences: Sequence[str]) -> np.ndarray:
+        """(N, C) float32 unit vectors, from the colours, shapes and actions named.
+
+        Raises:
+            DataError: a sentence holds a word that this world does not know, or nothing else.
+        """
+        return np.concatenate([self._world.read(text)[1] for text in sentences])
+
+    def encode_tokens(self, sentences: Sequence[str]) -> list[np.ndarray]:
+        """N arrays (K, C) float32, one row a word; errors as in `encode`."""
+        return [self._world.read(text)[0] for text in sentences]
+
+
 @dataclass(frozen=True)
 class _Scene:
     """An event and the seconds it lasts."""
@@ -174,17 +217,21 @@ class _Scene:
     start: float
     end: float
 
+    def share(self, length: int) -> np.ndarray:
+        """(T,) how much of each clip the event fills, in [0, 1]."""
+        first = np.arange(length) * GRID.step
+        overlap = np.minimum(self.end, first + GRID.step) - np.maximum(self.start, first)
+        return overlap.clip(min=0) / GRID.step
+
     def strength(self, length: int) -> np.ndarray:
         """(T,) how present the event is in each clip: its share of the clip, fading at both ends.
 
         The fade is what makes a highlight: an event is strongest in its middle.
         """
         first = np.arange(length) * GRID.step
-        overlap = np.minimum(self.end, first + GRID.step) - np.maximum(self.start, first)
-        share = overlap.clip(min=0) / GRID.step
         middle = (self.start + self.end) / 2
         away = np.abs(first + GRID.step / 2 - middle) / max((self.end - self.start) / 2, GRID.step)
-        return share * (1 - 0.4 * away.clip(max=1) ** 2)
+        return self.share(length) * (1 - 0.4 * away.clip(max=1) ** 2)
 
 
 @dataclass(frozen=True)
@@ -230,12 +277,25 @@ class _World:
         shot = np.searchsorted(cuts, np.arange(length), side="right")
         return self.backgrounds[rng.choice(len(self.backgrounds), size=shots, replace=False)][shot]
 
-    def read(self, text: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Word features (K, C) with a little noise, and the vector (1, C) of the sentence."""
+    def read(
+        self, text: str, rng: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Word features (K, C), a little noisy given a generator, and the sentence's (1, C).
+
+        Raises:
+            DataError: an unknown word, or no colour, shape or action among the words.
+        """
         words = text.split()
-        vectors = np.stack([self.written[word] for word in words])
-        vectors = vectors + rng.normal(size=vectors.shape) * 0.1 / self.config.dim**0.5
+        unknown = [word for word in words if word not in self.written]
         content = [i for i, word in enumerate(words) if word not in FUNCTION_WORDS]
+        if unknown or not content:
+            problem = f"the word {unknown[0]!r}" if unknown else "no word with a meaning"
+            raise DataError(
+                f"{text!r} holds {problem}; the planted world knows {', '.join(self.written)}"
+            )
+        vectors = np.stack([self.written[word] for word in words])
+        if rng is not None:
+            vectors = vectors + rng.normal(size=vectors.shape) * 0.1 / self.config.dim**0.5
         sentence = _unit(vectors[content].sum(0, keepdims=True))
         return vectors.astype(np.float32), sentence.astype(np.float32)
 
@@ -271,6 +331,20 @@ def _story(duration: float, config: PlantedConfig, rng: np.random.Generator) -> 
         start = rng.uniform(0, duration - length)
         story.append(_Scene(event, round(start, 1), round(start + length, 1)))
     return story
+
+
+def _stories(
+    split: Split, config: PlantedConfig
+) -> Iterator[tuple[Video, int, list[_Scene], np.random.Generator]]:
+    """Every video of a split with its number of clips, its events and its generator."""
+    if split not in SPLITS:
+        raise DataError(f"the planted data have the splits {', '.join(SPLITS)}, found {split!r}")
+    for number in range(getattr(config, split)):
+        rng = np.random.default_rng([config.seed, SPLITS.index(split), number])
+        low, high = config.clips
+        length = round(exp(rng.uniform(log(low), log(high))))
+        video = Video(f"planted-{split}-{number:04d}", length * GRID.step, GRID)
+        yield video, length, _story(video.duration, config, rng), rng
 
 
 def _sentence(event: Event, named: frozenset[int]) -> str:
