@@ -1,0 +1,211 @@
+"""A tiny model, objective and plan for the tests of training; also the processes that they kill."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from tvg_lib import checkpoints
+from tvg_lib.data.batching import BatchPlan, BatchSpec, GroundingBatch
+from tvg_lib.data.dataset import GroundingDataset, Query, Video
+from tvg_lib.distributed import reduce_sum
+from tvg_lib.moments import TimeGrid
+from tvg_lib.training import TrainingConfig, TrainingResult, train
+
+CONFIG = TrainingConfig(
+    epochs=4,
+    warmup_epochs=1,
+    learning_rate=1e-2,
+    ema_decay=0.9,
+    checkpoint_every=3,
+    select_by="score",
+    device="cpu",
+    progress=False,
+)
+
+
+class TinyModel(nn.Module):
+    """Mean of the clips times mean of the words, to two numbers; draws from torch by dropout."""
+
+    def __init__(self, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.video = nn.Linear(6, 8)
+        self.words = nn.Linear(5, 8)
+        self.norm = nn.LayerNorm(8)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, batch: GroundingBatch) -> Tensor:
+        video = _mean(self.video(batch.video), batch.video_mask)
+        words = _mean(self.words(batch.text), batch.text_mask)
+        return self.head(self.dropout(self.norm(video[batch.query_video] * words)))
+
+
+class TinyObjective(nn.Module):
+    """Squared error over a running count of queries, and a part that only long videos take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("norm", torch.tensor(4.0))
+        self.long = nn.Linear(2, 1)
+
+    def forward(self, output: Tensor, batch: GroundingBatch) -> dict[str, Tensor]:
+        # A number that differs between videos, so that a mean over processes is not the sum.
+        weights = batch.video_mask.sum(1)[batch.query_video].to(output)
+        self.norm.mul_(0.9).add_(0.1 * reduce_sum(weights.sum()).to(self.norm))
+        error = (output - batch.moments[:, 0].to(output) / 10).square().sum(-1)
+        fit = (weights * error).sum() / self.norm
+        long = weights > 6
+        extra = self.long(output[long]).square().sum() / self.norm if long.any() else fit * 0
+        return {"total": fit + extra, "fit": fit, "extra": extra}
+
+
+@dataclass(frozen=True)
+class SlowPlan(BatchPlan):
+    """A plan that announces every batch and takes its time, so that it can be interrupted."""
+
+    pause: float = 0.0
+
+    def load(self, spec: BatchSpec) -> GroundingBatch:
+        print(spec.epoch, spec.number, flush=True)
+        time.sleep(self.pause)
+        return super().load(spec)
+
+    def __repr__(self) -> str:  # the same run as the plain plan
+        return repr(plan())
+
+
+class Features(dict):
+    """Arrays in memory, by id."""
+
+
+def dataset(videos: int = 11) -> GroundingDataset:
+    """Eleven videos of 3 to 9 clips, 1 to 3 queries each."""
+    rng = np.random.default_rng(0)
+    grid = TimeGrid(2, 2, 1)
+    clips = {f"v{i}": 3 + i % 7 for i in range(videos)}
+    queries = tuple(
+        Query(f"{v}q{j}", v, "a query", np.sort(rng.uniform(0, 2 * n, (1, 2))))
+        for i, (v, n) in enumerate(clips.items())
+        for j in range(1 + i % 3)
+    )
+    return GroundingDataset(
+        name="tiny",
+        videos={v: Video(v, 2.0 * n, grid) for v, n in clips.items()},
+        queries=queries,
+        video_features=Features({v: rng.normal(size=(n, 6)) for v, n in clips.items()}),
+        text_features=Features({q.id: rng.normal(size=(2 + len(q.id), 5)) for q in queries}),
+    )
+
+
+def plan(**changes: object) -> BatchPlan:
+    """Four steps an epoch; eleven videos in threes, so that the last batch is short."""
+    return BatchPlan(dataset(), **{"videos_per_batch": 3, "queries_per_video": 2} | changes)
+
+
+def modules(seed: int = 1, dropout: float = 0.2) -> tuple[TinyModel, TinyObjective]:
+    """Model and objective with weights that depend on the seed only."""
+    set_seed(seed)
+    return TinyModel(dropout), TinyObjective()
+
+
+def score(model: nn.Module) -> dict[str, float]:
+    """A validation that draws numbers of its own, as dropout or sampling would."""
+    noise = float(torch.rand(())) + float(np.random.rand())  # noqa: NPY002
+    return {"score": -float(model.head.weight.square().sum()), "noise": noise}
+
+
+def run(run_dir: Path, plan_: BatchPlan | None = None, config: TrainingConfig = CONFIG, **more):
+    """The run that all tests of resuming compare."""
+    return train(*modules(), plan_ or plan(), config, run_dir, score, **more)
+
+
+def gradients(config: TrainingConfig, run_dir: Path, plan_: BatchPlan) -> dict[str, Tensor]:
+    """Gradients of every parameter at every step, in double precision; missing ones are left out."""
+    model, objective = (module.double() for module in modules(dropout=0.0))
+    names = {id(p): n for m in (model, objective) for n, p in m.named_parameters()}
+    seen: dict[str, Tensor] = {}
+    step = 0
+
+    def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        nonlocal step
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    seen[f"{step}/{names[id(p)]}"] = p.grad.clone()
+        step += 1
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        result: TrainingResult = train(model, objective, plan_, config, run_dir)
+    finally:
+        handle.remove()
+    for name, column in result.steps.items():
+        seen[f"history/{name}"] = torch.tensor(column, dtype=torch.float64)
+    return seen | {f"weights/{n}": v for n, v in result.model.state_dict().items()}
+
+
+class DoublePlan(BatchPlan):
+    """Features in double precision."""
+
+    def load(self, spec: BatchSpec) -> GroundingBatch:
+        return super().load(spec).to("cpu", torch.float64)
+
+
+def double_plan() -> BatchPlan:
+    """Batches of three, three, three and so on, the last of which has a single video."""
+    return DoublePlan(dataset(10), videos_per_batch=3, queries_per_video=3)
+
+
+GRADIENT_CONFIG = TrainingConfig(
+    epochs=2,
+    warmup_epochs=0,
+    clip_norm=None,
+    gradient_accumulation=2,
+    device="cpu",
+    progress=False,
+)
+
+
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def main(command: str, target: str, *options: str) -> None:
+    """What the processes do that the tests start.
+
+    train RUN_DIR PAUSE    announces every batch, to be killed from outside
+    torn RUN_DIR           kills itself while it writes a checkpoint
+    wait RUN_DIR           trains or loads, and says which
+    gradients FOLDER       writes the gradients of every step
+    """
+    torch.set_num_threads(1)
+    if command == "train":
+        run(Path(target), SlowPlan(dataset(), 3, 2, pause=float(options[0])))
+    elif command == "torn":
+        replace, written = checkpoints.os.replace, []
+
+        def torn(source: Path, destination: Path) -> None:
+            written.append(destination)
+            if len(written) == 3:
+                with open(source, "r+b") as file:
+                    file.truncate(os.path.getsize(source) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, destination)
+
+        checkpoints.os.replace = torn
+        run(Path(target))
+    elif command == "wait":
+        print("loaded" if run(Path(target)).loaded else "trained")
+    elif command == "gradients":
+        folder = Path(target)
+        found = gradients(GRADIENT_CONFIG, folder / "run", double_plan())
+        save_file(found, folder / f"rank{os.environ['RANK']}.safetensors")
