@@ -51,7 +51,7 @@ class ClipEmbedding(nn.Module):
         stretch_over_padding: bool = False,
     ) -> None:
         super().__init__()
-        halvings = stride.bit_length() - 1
+        halvings = max(stride.bit_length() - 1, 0)
         if stride != 1 << halvings or halvings > convolutions:
             raise ValueError(
                 f"the input stride is a power of two, at most 2**{convolutions}; found {stride}"
@@ -114,6 +114,9 @@ class VideoTransformer(nn.Module):
         strides = [1] * stem + [1] + [2] * (levels - 1)
         self.stem_layers = stem
         self.multiple = stride * 2 ** (levels - 1)
+        if stretch_over_padding and window:
+            # The released code pads until its blocks of attention fit every level.
+            self.multiple *= window // 2 * 2
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 channels,

@@ -103,6 +103,8 @@ class FeedForward(nn.Sequential):
             nn.Linear(channels * expansion, channels),
             nn.Dropout(dropout),
         )
+        for layer in (self[0], self[3]):
+            nn.init.zeros_(layer.bias)
 
 
 class SinusoidalPositions(nn.Module):

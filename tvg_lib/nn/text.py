@@ -84,6 +84,8 @@ class TextProjection(nn.Module):
     ) -> None:
         super().__init__()
         self.input = nn.Identity() if channels is None else nn.Linear(in_channels, channels)
+        if channels is not None:
+            nn.init.zeros_(self.input.bias)
         self.channels = channels = channels or in_channels
         self.positions = (
             SinusoidalPositions(channels, max_length, stretch_over_padding) if positions else None
