@@ -19,7 +19,7 @@ nothing about how good a method is. What is planted:
 Everything is drawn from seeds: a video depends on the seed, the split and its number alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, log
 from typing import Literal, get_args
@@ -27,6 +27,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from tvg_lib.data.dataset import GroundingDataset, Query, Saliency, Video
+from tvg_lib.data.features import ArrayStore
 from tvg_lib.errors import ConfigurationError, DataError
 from tvg_lib.moments import QVHIGHLIGHTS_2S
 
@@ -98,34 +99,6 @@ class PlantedConfig:
             )
 
 
-class MemoryFeatures:
-    """A feature store over arrays in memory."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray], dim: int) -> None:
-        self._arrays = dict(arrays)
-        self._dim = dim
-
-    @property
-    def dim(self) -> int:
-        """Width C of every sequence."""
-        return self._dim
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        """(T, C) float32."""
-        if key not in self._arrays:
-            raise DataError(f"no features of {key!r} among {len(self._arrays)} ids")
-        return self._arrays[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._arrays
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
-
-
 def planted(split: Split, config: PlantedConfig | None = None) -> GroundingDataset:
     """A split of the planted world. Splits share the words and nothing else.
 
@@ -152,9 +125,9 @@ def planted(split: Split, config: PlantedConfig | None = None) -> GroundingDatas
         name=f"planted/{split}",
         videos=videos,
         queries=tuple(queries),
-        video_features=MemoryFeatures(clips, config.dim),
-        text_features=MemoryFeatures(words, config.dim),
-        sentence_features=MemoryFeatures(sentences, config.dim),
+        video_features=ArrayStore.of(clips, "planted features"),
+        text_features=ArrayStore.of(words, "planted features"),
+        sentence_features=ArrayStore.of(sentences, "planted features"),
     )
 
 

@@ -37,9 +37,10 @@ from urllib.parse import quote
 import numpy as np
 
 from tvg_lib import paths
-from tvg_lib.data.dataset import GroundingDataset, Query, Saliency, Video
+from tvg_lib.data.dataset import GroundingDataset, Query, Video
 from tvg_lib.data.download import fetch
 from tvg_lib.data.features import FeatureStore
+from tvg_lib.data.readers import join, read_qvhighlights
 from tvg_lib.encoders.sentence import (
     Embedded,
     MiniLM,
@@ -300,29 +301,6 @@ def paraphrases(split: Split, root: Path | None = None) -> Mapping[str, Sequence
     return found
 
 
-def _queries(path: Path) -> tuple[list[Query], dict[str, float]]:
-    """Queries, and the duration of each video."""
-    queries: list[Query] = []
-    durations: dict[str, float] = {}
-    for row in _json_lines(_require(path)):
-        try:
-            query_id, video_id, duration = str(row["qid"]), row["vid"], float(row["duration"])
-            moments = np.array(row["relevant_windows"], np.float64).reshape(-1, 2)
-            saliency = Saliency(
-                np.array(row["relevant_clip_ids"], np.int64), np.array(row["saliency_scores"])
-            )
-            text = row["query"].strip()
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: a query is malformed ({error!r}): {row!r}") from error
-        if durations.setdefault(video_id, duration) != duration:
-            raise DataError(
-                f"{path}: query {query_id} says that {video_id} lasts {duration} s, an earlier "
-                f"query {durations[video_id]} s"
-            )
-        queries.append(Query(query_id, video_id, text, moments, saliency))
-    return queries, durations
-
-
 def dataset_fingerprint(split: Split, root: Path | None = None) -> str:
     """SHA-256 of a split's annotations, captions and paraphrases, for run records."""
     _check_split(split)
@@ -347,7 +325,7 @@ class EmbeddedFeatures:
             embedded: vectors of all sentences.
             sentences: by id, the sentences whose vectors, one after the other, are its features.
         """
-        self._rows = embedded.rows
+        self._embedded = embedded
         starts, ends = embedded.offsets[:-1], embedded.offsets[1:]
         self._positions = {
             key: np.concatenate([np.arange(starts[i], ends[i]) for i in chosen])
@@ -357,13 +335,13 @@ class EmbeddedFeatures:
     @property
     def dim(self) -> int:
         """Width C of every sequence."""
-        return self._rows.shape[1]
+        return self._embedded.rows.shape[1]
 
     def __getitem__(self, key: str) -> np.ndarray:
         """(T, C) float32."""
         if key not in self._positions:
             raise DataError(f"no embedding of {key!r} among {len(self)} ids")
-        return self._rows[self._positions[key]].astype(np.float32)
+        return self._embedded.rows[self._positions[key]].astype(np.float32)
 
     def __contains__(self, key: object) -> bool:
         return key in self._positions
@@ -389,8 +367,8 @@ def _text_stores(
     queries: Sequence[Query], encoder: SentenceEncoder, label: str
 ) -> tuple[EmbeddedFeatures, EmbeddedFeatures]:
     """Word features and sentence vectors of queries."""
-    unique, number = _numbered([query.text for query in queries])
-    chosen = {query.id: [number[query.text]] for query in queries}
+    unique, number = _numbered([query.text.strip() for query in queries])
+    chosen = {query.id: [number[query.text.strip()]] for query in queries}
     words = cached_tokens(encoder, unique, _embeddings(), f"{label}, words")
     whole = cached_sentences(encoder, unique, _embeddings(), f"{label}, sentences")
     return EmbeddedFeatures(words, chosen), EmbeddedFeatures(whole, chosen)
@@ -415,29 +393,23 @@ def load(
     _check_split(split)
     root = folder() if root is None else root
     encoder = MiniLM() if encoder is None else encoder
-    queries, durations = _queries(root / f"{split}.jsonl")
+    name = f"qvh-captions/{split}"
+    annotations = read_qvhighlights(_require(root / f"{split}.jsonl"), name=name, strict=True)
     texts = captions(split, root)
-    missing = sorted(set(durations) - set(texts))
+    missing = sorted(set(annotations.videos) - set(texts))
     if missing:
         raise DataError(
-            f"{root}/captions_{split}: no captions of {len(missing)} videos: {missing[0]}"
+            f"{root}/captions_{split}: no captions of {len(missing)} videos, e.g. {missing[0]}"
         )
-    videos = {key: Video(key, durations[key], QVHIGHLIGHTS_2S) for key in sorted(durations)}
-    for key in videos:
-        QVHIGHLIGHTS_2S.check(len(texts[key]), durations[key], f"captions of {key}")
-    unique, number = _numbered([text for key in videos for text in texts[key]])
+    for key, duration in annotations.videos.items():
+        QVHIGHLIGHTS_2S.check(len(texts[key]), duration, f"captions of {key}")
+    unique, number = _numbered([text for key in annotations.videos for text in texts[key]])
     embedded = cached_sentences(encoder, unique, _embeddings(), f"QVH-captions {split}: captions")
-    words, whole = _text_stores(queries, encoder, f"QVH-captions {split}: queries")
-    return GroundingDataset(
-        name=f"qvh-captions/{split}",
-        videos=videos,
-        queries=tuple(queries),
-        video_features=EmbeddedFeatures(
-            embedded, {key: [number[text] for text in texts[key]] for key in videos}
-        ),
-        text_features=words,
-        sentence_features=whole,
+    clips = EmbeddedFeatures(
+        embedded, {key: [number[text] for text in texts[key]] for key in annotations.videos}
     )
+    words, whole = _text_stores(annotations.queries, encoder, f"QVH-captions {split}: queries")
+    return join(annotations, QVHIGHLIGHTS_2S, clips, words, whole)
 
 
 def with_paraphrases(
@@ -445,19 +417,19 @@ def with_paraphrases(
 ) -> GroundingDataset:
     """`load(split)` with every query asked six times: as it is, and in five other wordings.
 
-    A paraphrase is a query of its own, with the id `<qid>/<1..5>` and the moments of its query:
+    A paraphrase is a query of its own, with the id `<qid>.<1..5>` and the moments of its query:
     data augmentation for training, and a test of robustness to wording.
     """
     encoder = MiniLM() if encoder is None else encoder
     dataset = load(split, encoder, root)
     wordings = paraphrases(split, root)
     others = [
-        replace(query, id=f"{query.id}/{n}", text=text)
+        replace(query, id=f"{query.id}.{n}", text=text)
         for query in dataset.queries
         for n, text in enumerate(wordings.get(query.id, ()), start=1)
     ]
     queries = sorted(
-        [*dataset.queries, *others], key=lambda query: (query.video_id, query.id.partition("/"))
+        [*dataset.queries, *others], key=lambda query: (query.video_id, query.id.partition("."))
     )
     words, whole = _text_stores(others, encoder, f"QVH-captions {split}: paraphrases")
     return replace(

@@ -171,12 +171,20 @@ class Embedded:
     """Vectors of N sentences, packed one after the other and read from disk when asked for.
 
     Attributes:
-        rows: (R, C) float16, memory-mapped.
+        path: the file of the rows.
         offsets: (N + 1,) sentence i owns the rows `offsets[i]:offsets[i + 1]`.
     """
 
-    rows: np.ndarray
+    path: Path
     offsets: np.ndarray
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """(R, C) float16, memory-mapped."""
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+
+    def __reduce__(self) -> tuple[type["Embedded"], tuple[Path, np.ndarray]]:
+        return Embedded, (self.path, self.offsets)  # a worker maps the file itself
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -252,14 +260,14 @@ def _cached(
                 _embed_shards(encode, sentences, order, parts, label)
                 _assemble(parts, order, dim, rows_file, offsets_file)
                 shutil.rmtree(parts)
-    rows = np.load(rows_file, mmap_mode="r", allow_pickle=False)
-    offsets = np.load(offsets_file, allow_pickle=False)
-    if len(offsets) != len(sentences) + 1 or rows.shape != (offsets[-1], dim):
+    embedded = Embedded(rows_file, np.load(offsets_file, allow_pickle=False))
+    expected = (int(embedded.offsets[-1]), dim)
+    if len(embedded) != len(sentences) or embedded.rows.shape != expected:
         raise DataError(
-            f"{rows_file}: expected {len(sentences)} sentences of width {dim}, found "
-            f"{len(offsets) - 1} in an array {rows.shape}; delete it to embed again"
+            f"{rows_file}: expected {len(sentences)} sentences in an array {expected}, found "
+            f"{len(embedded)} in {embedded.rows.shape}; delete it to embed again"
         )
-    return Embedded(rows, offsets)
+    return embedded
 
 
 def _shard_file(parts: Path, start: int) -> Path:
