@@ -13,6 +13,7 @@ Rules a committed notebook keeps (`problems` checks them; CONTRIBUTING.md says w
 
 import ast
 import io
+import json
 import re
 import tokenize
 from collections.abc import Iterator, Mapping
@@ -224,7 +225,8 @@ def _file_problems(path: Path, notebook: NotebookNode) -> Iterator[str]:
         nbformat.validate(notebook)
     except nbformat.ValidationError as error:
         yield f"not valid: {error.message}"
-    ids = [cell.get("id") for cell in notebook.cells]
+    # From the file: nbformat mends double ids while it reads.
+    ids = [cell.get("id") for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
     if len(set(ids)) != len(ids):
         yield "two cells share one id"
     if path.stat().st_size > MAX_BYTES:
@@ -283,7 +285,11 @@ def _execution_problems(notebook: NotebookNode) -> Iterator[str]:
 
 def _displays(source: str) -> bool:
     """Whether a cell certainly displays something: a top-level call of print, display or show."""
-    for node in ast.parse(_plain_python(source)).body:
+    try:
+        tree = ast.parse(_plain_python(source))
+    except SyntaxError:
+        return False
+    for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             called = node.value.func
             name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
@@ -303,6 +309,10 @@ def _text_problems(notebook: NotebookNode) -> Iterator[str]:
         source = cell.source
         if not source.strip():
             yield f"{where} is empty"
+        try:
+            ast.parse(_plain_python(source))
+        except SyntaxError as error:
+            yield f"{where} is not Python: {error}"
         if source.rstrip().endswith(";"):
             yield f"{where} ends with a semicolon (end a plot with plt.show())"
         if re.search(r"^\s*!|^%%(bash|sh|script)|^%(pip|conda|cd|env)\b", source, re.MULTILINE):

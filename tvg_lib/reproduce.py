@@ -45,7 +45,7 @@ SCALES = ("smoke", "cpu", "full", "gpu")
 FIRST_REPORT = 90
 PUBLISH = "PUBLISH"
 # Kernels run beside this process; their warning about unencrypted local traffic is no news.
-KERNEL = {"kernel_name": "python3", "extra_arguments": ["--log-level=ERROR"]}
+KERNEL: dict[str, Any] = {"kernel_name": "python3", "extra_arguments": ["--log-level=ERROR"]}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 

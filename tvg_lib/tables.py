@@ -150,13 +150,13 @@ class ResultTable:
 
     @property
     def _views(self) -> tuple[str, ...]:
-        """What is shown of each metric: only what the table has a number of."""
+        """What is shown of each metric: only what the table has a number of; else "ours"."""
         there = {
             "paper": any(cell.paper for cell in self._cells),
             "ours": any(cell.ours for cell in self._cells),
             "this machine": any(cell.here for cell in self._cells),
         }
-        return tuple(view for view, shown in there.items() if shown)
+        return tuple(view for view, shown in there.items() if shown) or ("ours",)
 
     @property
     def _empty_views(self) -> tuple[str, ...]:
@@ -181,7 +181,8 @@ class ResultTable:
             if cell is None or cell.paper is None:
                 return ""
             note = cell.paper.note
-            return cell.paper.printed + (f" ({self._notes.index(note) + 1})" if note else "")
+            mark = f"({self._notes.index(note) + 1})" if note else ""
+            return f"{cell.paper.printed} {mark}".strip()
         if row.run is None or cell is None:
             return ""
         summary = cell.ours if view == "ours" else cell.here
