@@ -1,7 +1,9 @@
 """The one in-memory form of every data set: videos, queries, moments in seconds, time grids."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from html import escape
 from math import isfinite
 
@@ -156,6 +158,22 @@ class GroundingDataset:
     def queries_of(self, video_id: str) -> list[Query]:
         """The queries about one video, in order."""
         return [self.queries[i] for i in self.positions_of(video_id)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything a model can see: annotations and all features."""
+        digest = hashlib.sha256()
+        for video in self.videos.values():
+            digest.update(repr(video).encode())
+            digest.update(np.ascontiguousarray(self.video_features[video.id]).tobytes())
+        for query in self.queries:
+            digest.update(repr((query.id, query.video_id, query.text)).encode())
+            digest.update(np.ascontiguousarray(query.moments, dtype=np.float64).tobytes())
+            digest.update(np.ascontiguousarray(self.text_features[query.id]).tobytes())
+            if query.saliency is not None:
+                digest.update(np.ascontiguousarray(query.saliency.clips).tobytes())
+                digest.update(np.ascontiguousarray(query.saliency.scores).tobytes())
+        return digest.hexdigest()
 
     def subset(self, video_ids: Iterable[str], name: str) -> "GroundingDataset":
         """The same data restricted to some videos."""
