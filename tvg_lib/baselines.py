@@ -129,7 +129,15 @@ class ZeroShotWindow:
         moments = np.stack([*_seconds(video, first, last), score], axis=1)
         # A clip may begin where an annotation says the video has ended.
         moments = moments[moments[:, 1] > moments[:, 0]]
-        return Prediction(query.id, query.video_id, query.text, moments, curve.astype(np.float32))
+        return Prediction(
+            query.id,
+            query.video_id,
+            query.text,
+            moments,
+            curve.astype(np.float32),
+            truth=query.moments,
+            duration=video.duration,
+        )
 
     def fitted(self, dataset: GroundingDataset) -> "ZeroShotWindow":
         """The rule with the smoothing and fraction that do best on a data set.
@@ -224,4 +232,12 @@ class MomentPrior:
             clips = max(1, round(video.duration / video.grid.step))
             piece = (np.arange(clips) + 0.5) / clips * self.RASTER
             saliency = self.density[piece.astype(int)].astype(np.float32)
-            yield Prediction(query.id, query.video_id, query.text, self.windows * scale, saliency)
+            yield Prediction(
+                query.id,
+                query.video_id,
+                query.text,
+                self.windows * scale,
+                saliency,
+                truth=query.moments,
+                duration=video.duration,
+            )

@@ -12,12 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tvg_lib import inline
 from tvg_lib.data.batching import GroundingBatch, evaluation_batches
 from tvg_lib.data.dataset import GroundingDataset
 from tvg_lib.models.point_grounder import PointGrounder
 from tvg_lib.moments import Moment, interval_iou
 from tvg_lib.nn.points import PointGrid
 from tvg_lib.nn.pyramid import PointPredictions
+
+
+SHOWN = 5  # answers that a prediction draws
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Prediction:
         query_id, video_id, text: what was asked of what.
         moments: (N, 3) start and end in seconds and score, best first.
         saliency: (T,) score of every clip, for highlight detection; None where not predicted.
+        truth: (M, 2) the true moments in seconds, and
+        duration: the video's, in seconds: for drawing only, None where not known.
     """
 
     query_id: str
@@ -35,6 +41,8 @@ class Prediction:
     text: str
     moments: np.ndarray
     saliency: np.ndarray | None = None
+    truth: np.ndarray | None = None
+    duration: float | None = None
 
     def __len__(self) -> int:
         return len(self.moments)
@@ -50,6 +58,23 @@ class Prediction:
     def __repr__(self) -> str:
         best = f", best {self.best!r}" if len(self) else ""
         return f"Prediction({self.text!r}: {len(self)} moments{best})"
+
+    def _repr_html_(self) -> str:
+        truth = np.zeros((0, 2)) if self.truth is None else self.truth
+        latest = np.concatenate([truth[:, 1], self.moments[:, 1], [0.0]]).max()
+        duration = float(latest) if self.duration is None else self.duration
+        rows = []
+        if len(truth):
+            note = ", ".join(inline.span(start, end, duration) for start, end in truth[:2])
+            note += " …" if len(truth) > 2 else ""
+            rows.append(inline.Row("truth", truth.tolist(), inline.TRUTH, note))
+        for rank, (start, end, score) in enumerate(self.moments[:SHOWN].tolist(), start=1):
+            note = f"{inline.span(start, end, duration)} · {score:.2f}"
+            if len(truth):
+                iou = interval_iou(np.array([[start, end]]), truth).max()
+                note += f" · IoU {iou:.2f}"
+            rows.append(inline.Row(f"{rank}", [(start, end)], inline.ANSWER, note))
+        return inline.bars(rows, duration, f"“{self.text}” · {self.video_id}")
 
 
 @dataclass(frozen=True)
@@ -187,7 +212,6 @@ def to_predictions(
     dataset: GroundingDataset,
 ) -> list[Prediction]:
     """Ranked moments (Q, K, 2) in clips to predictions in seconds, cut to the video."""
-    texts = {query_id: dataset.query(query_id).text for query_id in batch.query_ids}
     predictions = []
     for row, query_id in enumerate(batch.query_ids):
         video = int(batch.query_video[row])
@@ -195,8 +219,16 @@ def to_predictions(
         seconds = batch.grids[video].to_seconds(moments[row, real].double())
         seconds = seconds.clamp(0, batch.durations[video])
         ranked = torch.cat([seconds, scores[row, real, None].double()], dim=1)
+        query = dataset.query(query_id)
         predictions.append(
-            Prediction(query_id, batch.video_ids[video], texts[query_id], ranked.cpu().numpy())
+            Prediction(
+                query_id,
+                query.video_id,
+                query.text,
+                ranked.cpu().numpy(),
+                truth=query.moments,
+                duration=batch.durations[video],
+            )
         )
     return predictions
 

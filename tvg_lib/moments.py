@@ -17,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from tvg_lib import inline
 from tvg_lib.errors import DataError, GridMismatchError
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
@@ -56,6 +57,12 @@ class Moment:
     def __repr__(self) -> str:
         score = "" if self.score is None else f", score={self.score:.3f}"
         return f"Moment({self.start:.2f}-{self.end:.2f} s{score})"
+
+    def _repr_html_(self) -> str:
+        score = "" if self.score is None else f" · score {self.score:.3f}"
+        note = f"{inline.span(self.start, self.end, self.end)}{score}"
+        row = inline.Row("moment", [(self.start, self.end)], inline.ANSWER, note)
+        return inline.bars([row], self.end)
 
 
 def interval_iou(a: Array, b: Array) -> Array:

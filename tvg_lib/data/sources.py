@@ -32,9 +32,11 @@ def benchmark(scale: str) -> dict[str, GroundingDataset]:
     return {"train": train, "val": val, "test": qvh_captions.load("test")}
 
 
-def test_captions(scale: str) -> Mapping[str, Sequence[str]]:
-    """What happens in every clip of every test video, in words, by video id."""
-    return qvh_captions.captions("test") if has_real_data(scale) else planted.captions("test")
+def captions(scale: str, split: planted.Split = "test") -> Mapping[str, Sequence[str]]:
+    """What happens in every clip of every video of a split, in words, by video id."""
+    if has_real_data(scale):
+        return qvh_captions.captions("test" if split == "test" else "val")
+    return planted.captions(split)
 
 
 def text_encoder(scale: str) -> SentenceEncoder:
