@@ -188,6 +188,7 @@ def test_reports_run_again_when_a_record_changes(
 def test_the_key_follows_data_code_and_parameters_but_not_prose(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TVG_CACHE", str(tmp_path / "cache"))
     source = add(checkout, "05_train", "from tvg_lib import moments", cpu={"EPOCHS": 2})
     task = Task(source, "cpu")
     keys = [task.key()]
@@ -207,6 +208,9 @@ def test_the_key_follows_data_code_and_parameters_but_not_prose(
     monkeypatch.setenv("TVG_DATA", str(data))
     keys.append(task.key())
     (data / "features.bin").write_bytes(b"1")
+    keys.append(task.key())
+    (tmp_path / "cache" / "qvhighlights").mkdir(parents=True)
+    (tmp_path / "cache" / "qvhighlights" / "val.jsonl").write_text("{}")
     keys.append(task.key())
     monkeypatch.setattr(reproduce, "code_fingerprint", lambda *modules: "other code")
     keys.append(task.key())

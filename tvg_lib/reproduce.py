@@ -37,6 +37,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from tvg_lib import notebooks, paths
+from tvg_lib.data import qvh_captions
 from tvg_lib.errors import ConfigurationError
 from tvg_lib.fingerprint import code_fingerprint, files_fingerprint, value_fingerprint
 from tvg_lib.results import load_records, records_folder, save
@@ -338,11 +339,17 @@ def _artifacts(scale: str) -> dict[str, int]:
     return {f.relative_to(folder).as_posix(): f.stat().st_mtime_ns for f in files if f.is_file()}
 
 
-def _data_fingerprint() -> str | None:
-    folder = paths.data()
-    if folder is None:
-        return None
-    return files_fingerprint((f for f in folder.rglob("*") if f.is_file()), folder, contents=False)
+def _data_fingerprint() -> dict[str, str]:
+    """Of the data the user placed and of what was downloaded, by size and time of change."""
+    placed, downloaded = paths.data(), qvh_captions.folder()
+    folders = {"placed": placed, "downloaded": downloaded}
+    return {
+        name: files_fingerprint(
+            (f for f in folder.rglob("*") if f.is_file()), folder, contents=False
+        )
+        for name, folder in folders.items()
+        if folder is not None and folder.is_dir()
+    }
 
 
 def _records_fingerprint(scale: str) -> str:
