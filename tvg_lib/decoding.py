@@ -20,7 +20,6 @@ from tvg_lib.moments import Moment, interval_iou
 from tvg_lib.nn.points import PointGrid
 from tvg_lib.nn.pyramid import PointPredictions
 
-
 SHOWN = 5  # answers that a prediction draws
 
 
@@ -161,7 +160,8 @@ def suppress(
         overlap = _padded_iou(moment, moments).squeeze(1)  # (Q, N)
         if kind == "soft":
             scores = scores * torch.exp(-(overlap**2) / sigma)
-            scores.masked_fill_(scores < min_score, float("-inf"))
+            # "not at least" also catches -inf * 0, where a small sigma makes the decay vanish.
+            scores.masked_fill_(~(scores >= min_score), float("-inf"))
         else:
             scores.masked_fill_(overlap >= iou_threshold, float("-inf"))
         scores.scatter_(1, best, float("-inf"))
@@ -212,20 +212,21 @@ def to_predictions(
     dataset: GroundingDataset,
 ) -> list[Prediction]:
     """Ranked moments (Q, K, 2) in clips to predictions in seconds, cut to the video."""
+    moments, scores = moments.cpu().double(), scores.cpu().double()  # some devices lack float64
     predictions = []
     for row, query_id in enumerate(batch.query_ids):
         video = int(batch.query_video[row])
         real = torch.isfinite(scores[row])
-        seconds = batch.grids[video].to_seconds(moments[row, real].double())
+        seconds = batch.grids[video].to_seconds(moments[row, real])
         seconds = seconds.clamp(0, batch.durations[video])
-        ranked = torch.cat([seconds, scores[row, real, None].double()], dim=1)
+        ranked = torch.cat([seconds, scores[row, real, None]], dim=1)
         query = dataset.query(query_id)
         predictions.append(
             Prediction(
                 query_id,
                 query.video_id,
                 query.text,
-                ranked.cpu().numpy(),
+                ranked.numpy(),
                 truth=query.moments,
                 duration=batch.durations[video],
             )
@@ -240,21 +241,30 @@ def ground(
     config: DecodingConfig | None = None,
     grid: PointGrid | None = None,
     videos_per_batch: int = 8,
+    queries_per_batch: int = 64,
 ) -> list[Prediction]:
-    """Ask every query of a data set of its video; predictions in the order of `dataset.queries`."""
+    """Ask every query of a data set of its video; predictions in the order of `dataset.queries`.
+
+    Args:
+        model: left in the mode (training or not) it came in.
+        dataset, config, grid: what is asked, and how points become moments.
+        videos_per_batch, queries_per_batch: bounds on memory, which grows with queries times clips.
+    """
     config, grid = config or DecodingConfig(), grid or PointGrid()
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     predictions = {}
-    for batch in evaluation_batches(dataset, videos_per_batch):
-        batch = batch.to(device)
-        output = model(batch)
-        moments, scores = decode(*point_moments(output, grid, config), config)
-        moments = moments * output.pyramid.clips_per_step
-        for prediction in to_predictions(moments, scores, batch, dataset):
-            predictions[prediction.query_id] = prediction
-    model.train(training)
+    try:
+        for batch in evaluation_batches(dataset, videos_per_batch, queries_per_batch):
+            batch = batch.to(device)
+            output = model(batch)
+            moments, scores = decode(*point_moments(output, grid, config), config)
+            moments = moments * output.pyramid.clips_per_step
+            for prediction in to_predictions(moments, scores, batch, dataset):
+                predictions[prediction.query_id] = prediction
+    finally:
+        model.train(training)
     return [predictions[query.id] for query in dataset.queries]
 
 

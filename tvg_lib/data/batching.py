@@ -2,7 +2,8 @@
 
 Each batch holds a few videos and several queries of each, so that a video is encoded once for all
 of its queries (SnAG, section 3.3). Every random choice is drawn from a generator seeded by
-(seed, epoch, batch number): training can stop after any step and resume exactly.
+(seed, epoch) or (seed, epoch, first query): training can stop after any step and resume exactly,
+and a crop is the same however many processes share a batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -78,6 +79,10 @@ class Crop:
             raise ConfigurationError(f"Crop.max_clips must be positive, found {self.max_clips}")
         if self.ratio is not None and not 0 < self.ratio[0] <= self.ratio[1] <= 1:
             raise ConfigurationError(f"Crop.ratio must satisfy 0 < low <= high <= 1: {self.ratio}")
+        if not 0 <= self.min_coverage < 1:
+            raise ConfigurationError(
+                f"Crop.min_coverage must be at least 0 and below 1, found {self.min_coverage}"
+            )
 
     def window(
         self, num_clips: int, moments: Sequence[np.ndarray], rng: np.random.Generator
@@ -89,7 +94,7 @@ class Crop:
             moments: one (M, 2) array of grid indices per query.
 
         A window that covers all queries may not exist in a long video; then one is drawn that
-        covers the first query, and the caller drops the queries that fall outside.
+        covers the first query, or else one of its moments, and the caller drops what falls outside.
         """
         if num_clips > self.max_clips:
             length = self.max_clips
@@ -99,14 +104,14 @@ class Crop:
             low, high = (max(1, int(np.ceil(share * num_clips))) for share in self.ratio)
             length = int(rng.integers(low, high + 1))
         starts = np.arange(num_clips - length + 1)
-        covered = np.stack([self.covers(starts, length, m).all(-1) for m in moments])  # (Q, starts)
-        valid = starts[covered.all(0)]
-        if len(valid) == 0:
-            valid = starts[covered[0]]
-        if len(valid) == 0:  # a moment longer than the window: as much of it as fits
-            centre = moments[0].mean() - (length - 1) / 2
-            valid = np.array([int(np.clip(round(centre), 0, num_clips - length))])
-        return int(rng.choice(valid)), length
+        covered = [self.covers(starts, length, m) for m in moments]  # (starts, M) each
+        everything = np.concatenate(covered, axis=1).all(1)
+        for allowed in (everything, covered[0].all(1), covered[0].any(1)):
+            if allowed.any():
+                return int(rng.choice(starts[allowed])), length
+        # A moment longer than the window: as much of it as fits.
+        centre = moments[0][0].mean() - (length - 1) / 2
+        return int(np.clip(round(centre), 0, num_clips - length)), length
 
     def covers(self, starts: np.ndarray, length: int, moments: np.ndarray) -> np.ndarray:
         """(..., M) whether windows keep more than `min_coverage` of each (M, 2) moment."""
@@ -178,9 +183,7 @@ class BatchPlan:
         samples = []
         for video_id in self.dataset.videos:
             positions = rng.permutation(self.dataset.positions_of(video_id))
-            for start in range(0, len(positions), self.queries_per_video):
-                chunk = positions[start : start + self.queries_per_video]
-                samples.append(Sample(video_id, tuple(int(i) for i in chunk)))
+            samples.extend(_samples(video_id, positions, self.queries_per_video))
         order = rng.permutation(len(samples))
         size = self.videos_per_batch
         batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -193,14 +196,15 @@ class BatchPlan:
 
     def load(self, spec: BatchSpec) -> GroundingBatch:
         """Read the features of one step, crop and pad them."""
-        items = [self._sample(sample, spec, n) for n, sample in enumerate(spec.samples)]
+        items = [self._sample(sample, spec.epoch) for sample in spec.samples]
         return _collate(self.dataset, items)
 
-    def _sample(self, sample: Sample, spec: BatchSpec, number: int) -> "_Item":
+    def _sample(self, sample: Sample, epoch: int) -> "_Item":
         item = _read(self.dataset, sample)
         if self.crop is None:
             return item
-        rng = np.random.default_rng([self.seed, spec.epoch, spec.number, number])
+        # Each query is asked once an epoch; a trailing 0 would repeat the epoch's own stream.
+        rng = np.random.default_rng([self.seed, epoch, 1 + sample.queries[0]])
         start, length = self.crop.window(len(item.video), item.moments, rng)
         keep = [self.crop.covers(start, length, m).any() for m in item.moments]
         if not any(keep):  # a moment longer than the window
@@ -227,18 +231,33 @@ class BatchPlan:
 
 
 def evaluation_batches(
-    dataset: GroundingDataset, videos_per_batch: int = 8
+    dataset: GroundingDataset, videos_per_batch: int = 8, queries_per_batch: int = 64
 ) -> Iterator[GroundingBatch]:
-    """Every query once, videos in order of length so that little padding is needed."""
+    """Every query once, videos in order of length so that little padding is needed.
+
+    A batch holds at most `videos_per_batch` videos and `queries_per_batch` queries; a video with
+    more of them occurs in several batches.
+    """
+    if videos_per_batch < 1 or queries_per_batch < 1:
+        raise ConfigurationError("a batch needs at least one video and one query")
     if len(dataset) == 0:
         raise DataError(f"{dataset.name} has no queries to evaluate")
     ids = [video_id for video_id in dataset.videos if dataset.positions_of(video_id)]
     ids.sort(key=lambda video_id: dataset.videos[video_id].duration)
-    for start in range(0, len(ids), videos_per_batch):
-        samples = [
-            Sample(v, dataset.positions_of(v)) for v in ids[start : start + videos_per_batch]
-        ]
-        yield _collate(dataset, [_read(dataset, sample) for sample in samples])
+    batch: list[Sample] = []
+    for sample in (s for v in ids for s in _samples(v, dataset.positions_of(v), queries_per_batch)):
+        queries = sum(len(other.queries) for other in batch) + len(sample.queries)
+        if len(batch) == videos_per_batch or queries > queries_per_batch:
+            yield _collate(dataset, [_read(dataset, other) for other in batch])
+            batch = []
+        batch.append(sample)
+    yield _collate(dataset, [_read(dataset, sample) for sample in batch])
+
+
+def _samples(video_id: str, positions: Sequence[int], most: int) -> Iterator[Sample]:
+    """The queries about a video, at most `most` in a sample."""
+    for start in range(0, len(positions), most):
+        yield Sample(video_id, tuple(int(i) for i in positions[start : start + most]))
 
 
 @dataclass(frozen=True)
