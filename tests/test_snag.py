@@ -283,7 +283,7 @@ def test_released_configurations_have_the_released_size(name):
 
 
 def test_released_lengths_are_whole_pyramids():
-    """A training video of the released length is never padded, by strides or by attention blocks."""
+    """A training video of the released length needs no padding, for strides or for attention."""
     for name in RELEASED:
         config = getattr(snag, name)
         assert config.max_clips % (config.window // 2 * 2 * 2 ** (config.levels - 1)) == 0
