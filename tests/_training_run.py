@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tvg_lib import checkpoints
-from tvg_lib.data.batching import BatchPlan, BatchSpec, GroundingBatch
+from tvg_lib.data.batching import BatchPlan, BatchSpec, Crop, GroundingBatch
 from tvg_lib.data.dataset import GroundingDataset, Query, Video
+from tvg_lib.data.planted import PlantedConfig, planted
 from tvg_lib.distributed import reduce_sum
+from tvg_lib.losses.detection import DetectionObjective
+from tvg_lib.models.snag import SnAG, SnagConfig
 from tvg_lib.moments import TimeGrid
 from tvg_lib.training import TrainingConfig, TrainingResult, train
 
@@ -128,9 +131,14 @@ def run(run_dir: Path, plan_: BatchPlan | None = None, config: TrainingConfig = 
     return train(*modules(), plan_ or plan(), config, run_dir, score, **more)
 
 
-def gradients(config: TrainingConfig, run_dir: Path, plan_: BatchPlan) -> dict[str, Tensor]:
-    """Gradients of every parameter at every step, in double precision; missing ones are left out."""
-    model, objective = (module.double() for module in modules(dropout=0.0))
+def gradients(
+    model: nn.Module,
+    objective: nn.Module,
+    plan_: BatchPlan,
+    config: TrainingConfig,
+    run_dir: Path,
+) -> dict[str, Tensor]:
+    """Gradients of every parameter at every step, where it has one, and the history."""
     names = {id(p): n for m in (model, objective) for n, p in m.named_parameters()}
     seen: dict[str, Tensor] = {}
     step = 0
@@ -150,7 +158,13 @@ def gradients(config: TrainingConfig, run_dir: Path, plan_: BatchPlan) -> dict[s
         handle.remove()
     for name, column in result.steps.items():
         seen[f"history/{name}"] = torch.tensor(column, dtype=torch.float64)
-    return seen | {f"weights/{n}": v for n, v in result.model.state_dict().items()}
+    return seen
+
+
+def double_modules() -> tuple[TinyModel, TinyObjective]:
+    """In double precision and without dropout, of which every process draws its own."""
+    model, objective = modules(dropout=0.0)
+    return model.double(), objective.double()
 
 
 class DoublePlan(BatchPlan):
@@ -173,6 +187,34 @@ GRADIENT_CONFIG = TrainingConfig(
     device="cpu",
     progress=False,
 )
+
+
+def snag(dropout: float = 0.1) -> tuple[SnAG, DetectionObjective]:
+    """A small SnAG for `snag_plan`."""
+    set_seed(3)
+    config = SnagConfig(
+        video_dim=16,
+        text_dim=16,
+        channels=16,
+        heads=2,
+        levels=4,
+        window=5,
+        max_clips=24,
+        text_channels=16,
+        text_heads=2,
+        text_layers=1,
+        fusion_layers=1,
+        fusion_heads=2,
+        dropout=dropout,
+        drop_path=dropout,
+    )
+    return SnAG(config), DetectionObjective(norm_start=10)
+
+
+def snag_plan() -> BatchPlan:
+    """Planted moments, cropped; four batches of two videos and one of a single video an epoch."""
+    data = planted("train", PlantedConfig(train=9, clips=(12, 30), queries=2, dim=16))
+    return BatchPlan(data, videos_per_batch=2, queries_per_video=2, crop=Crop(max_clips=24))
 
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -207,5 +249,8 @@ def main(command: str, target: str, *options: str) -> None:
         print("loaded" if run(Path(target)).loaded else "trained")
     elif command == "gradients":
         folder = Path(target)
-        found = gradients(GRADIENT_CONFIG, folder / "run", double_plan())
-        save_file(found, folder / f"rank{os.environ['RANK']}.safetensors")
+        rank = os.environ["RANK"]
+        found = gradients(*double_modules(), double_plan(), GRADIENT_CONFIG, folder / "tiny")
+        save_file(found, folder / f"tiny{rank}.safetensors")
+        found = gradients(*snag(dropout=0.0), snag_plan(), GRADIENT_CONFIG, folder / "snag")
+        save_file(found, folder / f"snag{rank}.safetensors")

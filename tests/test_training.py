@@ -21,12 +21,15 @@ from _training_run import (
     GRADIENT_CONFIG,
     TinyModel,
     TinyObjective,
+    double_modules,
     double_plan,
     gradients,
     modules,
     plan,
     run,
     score,
+    snag,
+    snag_plan,
 )
 from safetensors.torch import load_file
 from torch import nn
@@ -83,7 +86,7 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen:
     )
 
 
-class Interrupted(Exception):
+class StopHereError(Exception):
     pass
 
 
@@ -96,7 +99,7 @@ class InterruptedPlan(BatchPlan):
 
     def load(self, spec):
         if self.left[0] == 0:
-            raise Interrupted
+            raise StopHereError
         self.left[0] -= 1
         return super().load(spec)
 
@@ -143,7 +146,7 @@ def test_killed_runs_end_in_the_same_bits(tmp_path, uninterrupted):
 def test_interruptions_at_any_step_leave_no_trace(tmp_path, uninterrupted, stops):
     """Before the first checkpoint, on one, at the end of an epoch, several times."""
     for at in stops:
-        with pytest.raises(Interrupted):
+        with pytest.raises(StopHereError):
             run(tmp_path, interrupted(at))
     resumed = run(tmp_path)
     assert same_weights(resumed.model, uninterrupted.model)
@@ -157,11 +160,11 @@ def test_interrupted_validation_is_repeated(tmp_path, uninterrupted):
     def failing(model):
         calls.append(1)
         if len(calls) == 2:
-            raise Interrupted
+            raise StopHereError
         return score(model)
 
     config = dataclasses.replace(CONFIG, checkpoint_every=1)
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopHereError):
         train(*modules(), plan(), config, tmp_path, failing)
     _, state = read_state(tmp_path / CHECKPOINT)
     assert (state["epoch"], state["position"]) == (1, 5)
@@ -172,7 +175,7 @@ def test_interrupted_validation_is_repeated(tmp_path, uninterrupted):
 
 def test_resume_restores_every_generator_and_the_objective(tmp_path):
     """Without any one of them the bits would differ: each is spoiled in turn."""
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopHereError):
         run(tmp_path, interrupted(7))
     tensors, state = read_state(tmp_path / CHECKPOINT)
     wanted = {"generators/0/torch", "generators/0/numpy", "generators/0/python"}
@@ -275,23 +278,65 @@ def test_two_processes_give_the_gradients_of_the_joint_batch(tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    single = gradients(GRADIENT_CONFIG, tmp_path / "single", double_plan())
+    alone = tmp_path / "alone"
+    tiny = gradients(*double_modules(), double_plan(), GRADIENT_CONFIG, alone / "tiny")
+    model = gradients(*snag(dropout=0.0), snag_plan(), GRADIENT_CONFIG, alone / "snag")
     for process in processes:
         _, error = process.communicate()
         assert process.returncode == 0, error
     for rank in range(2):
-        found = load_file(tmp_path / f"rank{rank}.safetensors")
-        assert found.keys() == single.keys()
-        for name, value in single.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=name)
-    sizes = {len(spec.samples) for spec in double_plan().epoch(0)}
-    assert sizes == {3, 1}
-    steps = {name.split("/")[0] for name in single if name[0].isdigit()}
-    assert len(steps) == 4
+        for kind, single, tolerance in (("tiny", tiny, 1e-9), ("snag", model, 1e-3)):
+            found = load_file(tmp_path / f"{kind}{rank}.safetensors")
+            assert found.keys() == single.keys()
+            for name, value in single.items():
+                if name.endswith(("key.bias", "key.norm.bias")):
+                    continue  # shifts all scores of a softmax alike: its gradient is rounding
+                atol = tolerance * float(value.abs().max())
+                torch.testing.assert_close(
+                    found[name], value, rtol=tolerance, atol=atol, msg=f"{kind} {name}"
+                )
+    for plan_, sizes in ((double_plan(), {3, 1}), (snag_plan(), {2, 1})):
+        assert {len(spec.samples) for spec in plan_.epoch(0)} == sizes
+    assert len({name.split("/")[0] for name in tiny if name[0].isdigit()}) == 4
     # What several processes trained, one process loads.
-    model, objective = (module.double() for module in modules(dropout=0.0))
-    loaded = train(model, objective, double_plan(), GRADIENT_CONFIG, tmp_path / "run")
-    assert loaded.loaded
+    assert train(*double_modules(), double_plan(), GRADIENT_CONFIG, tmp_path / "tiny").loaded
+
+
+def test_snag_resumes_in_the_same_bits_and_learns(tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=6, select_by=None, learning_rate=2e-3)
+
+    class Stopped(BatchPlan):
+        def load(self, spec):
+            if (spec.epoch, spec.number) == (3, 2) and not (tmp_path / "stopped").exists():
+                (tmp_path / "stopped").touch()
+                raise StopHereError
+            return super().load(spec)
+
+        def __repr__(self) -> str:
+            return repr(snag_plan())
+
+    whole = train(*snag(), snag_plan(), config, tmp_path / "a")
+    stopped = Stopped(
+        **{f.name: getattr(snag_plan(), f.name) for f in dataclasses.fields(BatchPlan)}
+    )
+    with pytest.raises(StopHereError):
+        train(*snag(), stopped, config, tmp_path / "b")
+    resumed = train(*snag(), stopped, config, tmp_path / "b")
+    assert same_weights(whole.model, resumed.model)
+    assert whole.steps == resumed.steps
+    assert set(whole.steps) >= {"classification", "regression"}
+    assert np.mean(whole.steps["total"][-5:]) < 0.9 * np.mean(whole.steps["total"][:5])
+
+
+def test_snag_decays_its_matrices_and_nothing_else():
+    model, _ = snag()
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, free = decay_groups(model)
+    assert len(decayed) + len(free) == len(names)
+    assert all(p.ndim >= 2 for p in decayed)
+    left = {names[id(p)] for p in free if p.ndim >= 2}
+    assert left == set()
+    assert any("background" in names[id(p)] for p in free)
 
 
 def test_reduce_sum_in_one_process_is_a_detached_copy():
@@ -528,7 +573,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path, finished):
     if finished:
         run(tmp_path)
     else:
-        with pytest.raises(Interrupted):
+        with pytest.raises(StopHereError):
             run(tmp_path, interrupted(7))
     content = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(
@@ -558,7 +603,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path, finished):
     ids=["truncated", "one bit", "empty", "foreign"],
 )
 def test_a_damaged_file_is_named(tmp_path, damage):
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopHereError):
         run(tmp_path, interrupted(7))
     path = tmp_path / CHECKPOINT
     path.write_bytes(damage(path.read_bytes()))
@@ -754,8 +799,8 @@ def test_unusable_arguments(tmp_path):
     ):
         with pytest.raises(ConfigurationError, match=message):
             train(modules()[0], Objective(terms), plan(), CONFIG, tmp_path / "c", score)
+    frozen = modules()[0].requires_grad_(False)
     with pytest.raises(ConfigurationError, match="anything to train"):
-        frozen = modules()[0].requires_grad_(False)
         train(frozen, nn.Identity(), plan(), CONFIG, tmp_path / "d", score)
 
 
@@ -793,13 +838,13 @@ def test_bf16_falls_back_where_a_device_lacks_it(monkeypatch):
 
     def accelerator(**options):
         chosen.update(options)
-        raise Interrupted
+        raise StopHereError
 
     monkeypatch.setattr(training, "Accelerator", accelerator)
     config = TrainingConfig(precision="bf16", device="cuda")
     with (
         pytest.warns(UserWarning, match="no bf16: training in fp32"),
-        pytest.raises(Interrupted),
+        pytest.raises(StopHereError),
         training._accelerator(config),
     ):
         pass

@@ -94,7 +94,7 @@ def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     tensors = {
         "python": torch.tensor(internal),
-        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():

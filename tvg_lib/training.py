@@ -48,7 +48,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import torch
 from accelerate import Accelerator
@@ -80,6 +80,9 @@ from tvg_lib.checkpoints import (
 from tvg_lib.distributed import reduce_sum, whole_batch
 from tvg_lib.errors import ConfigurationError, DataError, NonFiniteLossError
 from tvg_lib.fingerprint import code_fingerprint, value_fingerprint
+
+if TYPE_CHECKING:
+    import pandas
 
 CHECKPOINT = "checkpoint.safetensors"
 WEIGHTS = "weights.safetensors"
@@ -285,11 +288,11 @@ class TrainingResult:
     seconds: float
     loaded: bool
 
-    def frame(self) -> "pandas.DataFrame":  # noqa: F821
+    def frame(self) -> "pandas.DataFrame":
         """`steps` as a table, for learning curves."""
-        import pandas as pd
+        import pandas
 
-        return pd.DataFrame(self.steps).astype({"epoch": int, "step": int})
+        return pandas.DataFrame(self.steps).astype({"epoch": int, "step": int})
 
     def _facts(self) -> dict[str, str]:
         rows = list(zip(self.steps["epoch"], self.steps["total"], strict=True))
