@@ -72,6 +72,30 @@ def _seconds(video: Video, first: np.ndarray, last: np.ndarray) -> tuple[np.ndar
 
 
 @dataclass(frozen=True)
+class ClipScores:
+    """Scores of clips in (0, 1] by their similarity to the sentence, relative to the best clip.
+
+    `exp((s - max s) / temperature)` of the smoothed cosine s: what `tvg_lib.decoding.ground` takes
+    as external scores.
+
+    Attributes:
+        smoothing: clips, an odd number.
+        temperature: the difference in cosine that costs a factor e.
+    """
+
+    smoothing: int = 5
+    temperature: float = 0.1
+
+    def of(self, dataset: GroundingDataset) -> dict[str, np.ndarray]:
+        """(T,) scores by query id."""
+        scores = {}
+        for query in dataset.queries:
+            curve = smooth(similarity(dataset, query), self.smoothing)
+            scores[query.id] = np.exp((curve - curve.max()) / self.temperature).astype(np.float32)
+        return scores
+
+
+@dataclass(frozen=True)
 class ZeroShotWindow:
     """Best window around the most similar clip.
 

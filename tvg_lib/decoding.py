@@ -4,12 +4,13 @@ Only the first K picks are ever needed, so suppression runs K vectorised rounds 
 once; no compiled extension. `tests/test_decoding.py` holds the plain O(n^2) loop it must equal.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tvg_lib import inline
@@ -105,9 +106,18 @@ class DecodingConfig:
 
 
 def point_moments(
-    output: PointPredictions, grid: PointGrid, config: DecodingConfig
+    output: PointPredictions,
+    grid: PointGrid,
+    config: DecodingConfig,
+    external: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Candidate moments of every query before suppression.
+
+    Args:
+        output: of the model.
+        grid: where points stand.
+        config: thresholds.
+        external: (Q, P) factors on the points' scores, as from `spread_over_levels`.
 
     Returns:
         moments (Q, N, 2) in steps of level 0 and scores (Q, N), best first; rejected candidates
@@ -115,6 +125,8 @@ def point_moments(
     """
     points = grid.points(output.lengths, device=output.logits.device)
     scores = output.logits.float().sigmoid()
+    if external is not None:
+        scores = scores * external
     rejected = ~output.mask | (scores <= config.score_threshold)
     scores = scores.masked_fill(rejected, float("-inf"))
     scores, index = scores.topk(min(config.pre_top_k, scores.shape[1]), dim=1)
@@ -124,6 +136,32 @@ def point_moments(
     end = position + offsets[..., 1] * stride
     scores = scores.masked_fill(end - start <= config.min_length, float("-inf"))
     return torch.stack([start, end], dim=-1), scores
+
+
+def spread_over_levels(
+    scores: Sequence[np.ndarray], lengths: Sequence[int], clips_per_step: int = 1
+) -> Tensor:
+    """Clip scores from elsewhere for every point: each level takes the maximum of its surroundings.
+
+    SnAG's released code multiplies such scores, of a model that compares clip and sentence, into
+    the scores of the points; no paper mentions it.
+
+    Args:
+        scores: per query, (T,) non-negative.
+        lengths: points per level of the pyramid.
+        clips_per_step: clips per step of level 0.
+
+    Returns:
+        (Q, P)
+    """
+    level = torch.zeros(len(scores), lengths[0] * clips_per_step)
+    for row, clips in enumerate(scores):
+        level[row, : len(clips)] = torch.as_tensor(clips)
+    level = F.max_pool1d(level[:, None], clips_per_step)
+    levels = [level]
+    for _ in lengths[1:]:
+        levels.append(F.max_pool1d(levels[-1], kernel_size=3, stride=2, padding=1))
+    return torch.cat(levels, dim=-1).squeeze(1)
 
 
 def suppress(
@@ -242,6 +280,7 @@ def ground(
     grid: PointGrid | None = None,
     videos_per_batch: int = 8,
     queries_per_batch: int = 64,
+    external: Mapping[str, np.ndarray] | None = None,
 ) -> list[Prediction]:
     """Ask every query of a data set of its video; predictions in the order of `dataset.queries`.
 
@@ -249,6 +288,8 @@ def ground(
         model: left in the mode (training or not) it came in.
         dataset, config, grid: what is asked, and how points become moments.
         videos_per_batch, queries_per_batch: bounds on memory, which grows with queries times clips.
+        external: by query id, (T,) scores of the clips of its video in [0, 1] that are multiplied
+            into the scores of the points; see `spread_over_levels`.
     """
     config, grid = config or DecodingConfig(), grid or PointGrid()
     device = next(model.parameters()).device
@@ -259,7 +300,14 @@ def ground(
         for batch in evaluation_batches(dataset, videos_per_batch, queries_per_batch):
             batch = batch.to(device)
             output = model(batch)
-            moments, scores = decode(*point_moments(output, grid, config), config)
+            factors = None
+            if external is not None:
+                factors = spread_over_levels(
+                    [external[query_id] for query_id in batch.query_ids],
+                    output.lengths,
+                    output.pyramid.clips_per_step,
+                ).to(device)
+            moments, scores = decode(*point_moments(output, grid, config, factors), config)
             moments = moments * output.pyramid.clips_per_step
             for prediction in to_predictions(moments, scores, batch, dataset):
                 predictions[prediction.query_id] = prediction

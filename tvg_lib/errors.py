@@ -1,4 +1,4 @@
-"""Errors of the library. Each message names the file or id, what was expected and what was found."""
+"""Errors of the library: each message names the file or id, what was expected, what was found."""
 
 
 class TVGError(Exception):

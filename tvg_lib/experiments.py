@@ -4,8 +4,9 @@ Every notebook that trains goes through here, so that methods are compared at eq
 batches, the same selection, the same decoding, the same metrics with the same intervals.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from tvg_lib import paths
+from tvg_lib.baselines import ClipScores
 from tvg_lib.data.batching import BatchPlan, Crop
 from tvg_lib.data.dataset import GroundingDataset
 from tvg_lib.decoding import DecodingConfig, Prediction, ground
@@ -55,18 +57,39 @@ class GroundingRecipe:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What an experiment leaves in memory: the trained model and, per test set, answers."""
+class TrainedGrounder:
+    """A trained model and what its records must say about it.
+
+    Attributes:
+        training: the run; its model holds the selected weights, in evaluation mode.
+        method, variant, scale, seed: for the records.
+        recipe: of the run.
+        parameters: everything that was configurable, resolved.
+        modules: library modules that made the model.
+    """
 
     training: TrainingResult
-    predictions: dict[str, list[Prediction]]
-    reports: dict[str, MetricReport]
-    records: dict[str, RunRecord]
+    method: str
+    variant: str
+    scale: str
+    seed: int
+    recipe: GroundingRecipe
+    parameters: dict[str, Any]
+    modules: tuple[ModuleType | str, ...]
 
     @property
     def model(self) -> PointGrounder:
         """The selected weights, in evaluation mode."""
         return self.training.model
+
+
+@dataclass(frozen=True)
+class GroundingTest:
+    """Answers of one system on one test set, their metrics, and the record that was written."""
+
+    predictions: list[Prediction]
+    report: MetricReport
+    record: RunRecord
 
 
 def grounding_metrics(predictions: Sequence[Prediction], dataset: GroundingDataset) -> MetricReport:
@@ -80,36 +103,34 @@ def grounding_metrics(predictions: Sequence[Prediction], dataset: GroundingDatas
     )
 
 
-def run_grounding(
+def train_grounder(
     method: str,
     model: Callable[[], PointGrounder],
     objective: Callable[[], nn.Module],
     recipe: GroundingRecipe,
     train_set: GroundingDataset,
     validation_set: GroundingDataset,
-    test_sets: Mapping[str, GroundingDataset],
     *,
     scale: str,
     architecture: Any,
     modules: Sequence[ModuleType | str],
     variant: str = "main",
-) -> Outcome:
-    """Train (or load what is already trained), test on every test set, and write the records.
+) -> TrainedGrounder:
+    """Train, or load what is already trained; the best epoch on held-out videos is kept.
 
     Args:
         method, variant: names for the records, such as "snag" and "main".
         model, objective: build fresh ones; called after the generators are seeded.
         recipe: everything about training that is not the architecture.
-        train_set, validation_set, test_sets: never share a video.
-        scale: whose folder below `runs/` takes the run and its records.
+        train_set, validation_set: share no video.
+        scale: whose folder below `runs/` takes the run.
         architecture: the configuration of the model and objective, for the key and the records.
         modules: library modules that define model and objective.
     """
     modules = (*COMMON_MODULES, *modules)
     parameters = {"architecture": _plain(architecture), "recipe": asdict(recipe)}
-    key = run_key(
-        parameters, code=modules, data_hash=train_set.fingerprint + validation_set.fingerprint
-    )
+    data_hash = train_set.fingerprint + validation_set.fingerprint
+    key = run_key(parameters, code=modules, data_hash=data_hash)
     seed = recipe.training.seed
     set_seed(seed)
     built = model()
@@ -126,59 +147,83 @@ def run_grounding(
         ),
         key=key,
     )
-    predictions, reports, records = {}, {}, {}
-    for name, dataset in test_sets.items():
-        predictions[name] = ground(result.model, dataset, recipe.decoding, recipe.grid)
-        reports[name] = grounding_metrics(predictions[name], dataset)
-        records[name] = new_record(
-            method,
-            name,
-            scale,
-            seed,
-            parameters=parameters
-            | {
-                "trained_on": train_set.name,
-                "model_parameters": sum(p.numel() for p in result.model.parameters()),
-                "selected": result.selected,
-            },
-            metrics=reports[name].estimates(),
-            seconds=result.seconds,
-            modules=modules,
-            variant=variant,
-            data_hash=dataset.fingerprint,
-            artifacts=[result.run_dir],
-        )
-        save(records[name], records_folder(scale, fresh=True))
-    return Outcome(result, predictions, reports, records)
+    parameters |= {
+        "trained_on": train_set.name,
+        "validated_on": validation_set.name,
+        "model_parameters": sum(p.numel() for p in result.model.parameters()),
+        "selected": result.selected,
+    }
+    return TrainedGrounder(result, method, variant, scale, seed, recipe, parameters, tuple(modules))
 
 
-def record_baseline(
+def evaluate_grounder(
+    trained: TrainedGrounder,
+    test_set: GroundingDataset,
+    *,
+    external: ClipScores | None = None,
+    variant: str | None = None,
+) -> GroundingTest:
+    """Test a trained model and write its record.
+
+    Args:
+        trained: as from `train_grounder`.
+        test_set: named in the record by its `name`.
+        external: clip scores multiplied into those of the points.
+        variant: for the record, where it is not that of the training.
+    """
+    started = time.perf_counter()
+    predictions = ground(
+        trained.model,
+        test_set,
+        trained.recipe.decoding,
+        trained.recipe.grid,
+        external=None if external is None else external.of(test_set),
+    )
+    report = grounding_metrics(predictions, test_set)
+    record = new_record(
+        trained.method,
+        test_set.name,
+        trained.scale,
+        trained.seed,
+        parameters=trained.parameters | {"external": _plain(external)},
+        metrics=report.estimates(),
+        seconds=trained.training.seconds + time.perf_counter() - started,
+        modules=trained.modules,
+        variant=variant or trained.variant,
+        data_hash=test_set.fingerprint,
+        artifacts=[trained.training.run_dir],
+    )
+    save(record, records_folder(trained.scale, fresh=True))
+    return GroundingTest(predictions, report, record)
+
+
+def evaluate_baseline(
     method: str,
-    predictions: Sequence[Prediction],
-    dataset: GroundingDataset,
-    name: str,
+    predict: Callable[[GroundingDataset], list[Prediction]],
+    test_set: GroundingDataset,
     *,
     scale: str,
     parameters: Any,
-    modules: Sequence[ModuleType | str],
-    seconds: float,
-) -> MetricReport:
-    """Metrics of a method without training, written as a record like any other (seed 0)."""
-    report = grounding_metrics(predictions, dataset)
+    modules: Sequence[ModuleType | str] = ("tvg_lib.baselines",),
+) -> GroundingTest:
+    """Test a method without training; its record is like any other (seed 0)."""
+    started = time.perf_counter()
+    predictions = predict(test_set)
+    report = grounding_metrics(predictions, test_set)
     record = new_record(
         method,
-        name,
+        test_set.name,
         scale,
         0,
-        parameters=parameters,
+        parameters=_plain(parameters),
         metrics=report.estimates(),
-        seconds=seconds,
-        modules=modules,
-        data_hash=dataset.fingerprint,
+        seconds=time.perf_counter() - started,
+        modules=(*COMMON_MODULES, *modules),
+        data_hash=test_set.fingerprint,
     )
     save(record, records_folder(scale, fresh=True))
-    return report
+    return GroundingTest(predictions, report, record)
 
 
 def _plain(value: Any) -> Any:
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+    return asdict(value) if is_dataclass(value) else value
