@@ -125,7 +125,9 @@ class GroundingDataset:
             )
         if not self.queries:
             return
-        owners = np.repeat(np.arange(len(self.queries)), [len(q.moments) for q in self.queries])
+        owners: np.ndarray = np.repeat(
+            np.arange(len(self.queries)), [len(q.moments) for q in self.queries]
+        )
         start, end = np.concatenate([query.moments for query in self.queries]).T
         durations = np.array([self.videos[query.video_id].duration for query in self.queries])
         slack = 1e-3  # seconds: rounding of published times and durations

@@ -108,9 +108,14 @@ class Part(Protocol):
     `places` are tried in order below the root. `inspect` says what is there or raises `DataError`.
     """
 
-    title: str
-    places: tuple[str, ...]
-    optional: bool
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def places(self) -> tuple[str, ...]: ...
+
+    @property
+    def optional(self) -> bool: ...
 
     @property
     def expected(self) -> str: ...

@@ -24,7 +24,7 @@ name, NaN, a missing field. Errors name file and line or video.
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from os import PathLike
@@ -355,7 +355,7 @@ def read_tacos(path: Source, *, name: str | None = None, strict: bool = False) -
         fps = _positive(_get(entry, "fps", where), f"{where}: 'fps'")
         frames = _positive(_get(entry, "num_frames", where), f"{where}: 'num_frames'")
         builder.video(video_id := key.removesuffix(".avi"), frames / fps, fps)
-        _paired_lists(builder, entry, video_id, where, lambda x, rate=fps: x / rate)
+        _paired_lists(builder, entry, video_id, where, per_second=fps)
     return builder.finish()
 
 
@@ -371,7 +371,7 @@ def read_activitynet(path: Source, *, name: str | None = None, strict: bool = Fa
         where = f"{path}: video {video_id!r}"
         entry = _object(entry, where)
         builder.video(video_id, _positive(_get(entry, "duration", where), f"{where}: 'duration'"))
-        _paired_lists(builder, entry, video_id, where, float)
+        _paired_lists(builder, entry, video_id, where, per_second=1)
     return builder.finish()
 
 
@@ -380,9 +380,12 @@ def _paired_lists(
     entry: Mapping[str, Any],
     video_id: str,
     where: str,
-    seconds: Callable[[float], float],
+    per_second: float,
 ) -> None:
-    """Queries of a video whose timestamps and sentences stand in two lists of one length."""
+    """Queries of a video whose timestamps and sentences stand in two lists of one length.
+
+    `per_second` is how many units of the timestamps make a second.
+    """
     stamps = _list(_get(entry, "timestamps", where), f"{where}: 'timestamps'")
     sentences = _list(_get(entry, "sentences", where), f"{where}: 'sentences'")
     if len(stamps) != len(sentences):
@@ -394,7 +397,7 @@ def _paired_lists(
             query_id=f"{video_id}_{number:04d}",
             video_id=video_id,
             text=sentence,
-            windows=[[seconds(_number(x, place)) for x in _list(stamp, place)]],
+            windows=[[_number(x, place) / per_second for x in _list(stamp, place)]],
         )
 
 
@@ -496,20 +499,20 @@ class _Builder:
         spans = [self._pair(window, where) for window in windows or ()]
         text = _text(text, f"{where}: the sentence").strip()
         if not text:
-            return self._leave_out("queries_without_text", f"{where}: the sentence is blank")
+            self._count("queries_without_text", f"{where}: the sentence is blank")
+            return
         if video_id not in self.videos:
-            return self._leave_out(
+            self._count(
                 "queries_without_video", f"{where}: video {video_id!r} has no known duration"
             )
+            return
         kept = [span for span in (self._fit(*s, video_id, where) for s in spans) if span]
         if windows is not None and not kept:
-            return self._leave_out(
-                "queries_without_moment", f"{where}: query {query_id!r} has no moment left"
-            )
+            self._count("queries_without_moment", f"{where}: query {query_id!r} has no moment left")
+            return
         self.tally.moments += len(kept)
         moments = np.array(kept, dtype=np.float64).reshape(-1, 2)
         self.queries[query_id] = Query(query_id, video_id, text, moments, saliency)
-        return None
 
     def _pair(self, window: Any, where: str) -> tuple[float, float]:
         values = _list(window, f"{where}: a moment")
@@ -524,21 +527,24 @@ class _Builder:
         duration = self.videos[video_id]
         told = f"{where}: the moment [{start}, {end}] of video {video_id!r} ({duration} s)"
         if end < start:
-            return self._leave_out("reversed", f"{told} ends before it starts")
-        if end == start:
-            return self._leave_out("empty", f"{told} has no length")
-        if end <= 0 or start >= duration:
-            return self._leave_out("outside", f"{told} lies outside it")
+            fault, reason = "reversed", "ends before it starts"
+        elif end == start:
+            fault, reason = "empty", "has no length"
+        elif end <= 0 or start >= duration:
+            fault, reason = "outside", "lies outside it"
+        else:
+            fault = reason = ""
+        if fault:
+            self._count(fault, f"{told} {reason}")
+            return None
         low, high = max(start, 0.0), min(end, duration)
         if (low, high) != (start, end):
             self._count("clipped", f"{told} is not inside it")
             self.tally.overrun = max(self.tally.overrun, low - start, end - high)
         return low, high
 
-    def _leave_out(self, counter: str, message: str) -> None:
-        self._count(counter, message)
-
     def _count(self, counter: str, message: str) -> None:
+        """One more of what the policy changes or drops; an error when strict."""
         if self.strict:
             raise DataError(message)
         setattr(self.tally, counter, getattr(self.tally, counter) + 1)
