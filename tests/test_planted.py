@@ -124,7 +124,7 @@ def test_some_queries_have_several_moments_and_some_words_differ() -> None:
 def test_difficulty() -> None:
     """Like QVH-captions by default, certain without noise and gap, chance when all is noise."""
     assert 0.72 < hit_rate(planted("train")) < 0.88
-    clear = PlantedConfig(noise=0, gap=0, background=0.3, likeness=0, again=0)
+    clear = PlantedConfig(noise=0, gap=0, hidden=0, background=0.1, events=(1, 2))
     assert hit_rate(planted("test", clear)) > 0.97
     dataset = planted("train", PlantedConfig(noise=50))
     chance = np.mean(
@@ -160,6 +160,7 @@ def test_bad_settings_are_refused() -> None:
         {"events": (0, 3)},
         {"noise": -1.0},
         {"drift": 1.0},
+        {"hidden": 1.5},
         {"likeness": 0.9, "again": 0.2},
     ):
         with pytest.raises(ConfigurationError):
