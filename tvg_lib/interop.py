@@ -130,15 +130,22 @@ def point_grid(published: Mapping) -> PointGrid:
 
 
 def decoding_config(published: Mapping) -> DecodingConfig:
-    """How a released configuration turns points into moments."""
+    """How a released configuration turns points into moments.
+
+    Raises:
+        DataError: it asks for another kind of suppression.
+    """
     evaluation = published.get("eval", {})
     nms = evaluation.get("nms", {})
     kinds = {"soft_nms": "soft", "nms": "hard", None: None}
+    mode = nms.get("mode", "soft_nms")
+    if mode not in kinds:
+        raise DataError(f"unknown suppression {mode!r}; expected one of {list(kinds)}")
     return DecodingConfig(
         score_threshold=evaluation.get("pre_nms_thresh", 0.001),
         pre_top_k=evaluation.get("pre_nms_topk", 2000),
         min_length=evaluation.get("seg_len_thresh", 0.1),
-        suppression=kinds[nms.get("mode", "soft_nms")],
+        suppression=kinds[mode],
         sigma=nms.get("sigma", 0.9),
         iou_threshold=nms.get("iou_thresh", 0.1),
         min_score=nms.get("min_score", 0.001),
@@ -223,8 +230,9 @@ def read_weights(path: Path, ema: bool = True) -> dict[str, Tensor]:
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise DataError(f"{path} is not a readable checkpoint: {error}") from error
     for key in ("model_ema", "model") if ema else ("model",):
@@ -248,6 +256,14 @@ def load_snag(
     Raises:
         DataError: a file cannot be read, or the two do not fit each other.
     """
-    model = SnAG(snag_config(read_configuration(configuration), as_published))
-    model.load_state_dict(convert_grounder(read_weights(checkpoint, ema), model))
+    published = read_configuration(configuration)
+    try:
+        model = SnAG(snag_config(published, as_published))
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"{configuration} describes no SnAG: {error}") from error
+    weights = read_weights(checkpoint, ema)
+    try:
+        model.load_state_dict(convert_grounder(weights, model))
+    except DataError as error:
+        raise DataError(f"{checkpoint} with {configuration}: {error}") from error
     return model.to(device).eval()

@@ -92,13 +92,16 @@ def run(path: Path) -> list[Check]:
     """Run one case and compare every output.
 
     Raises:
-        DataError: the file is not a case this library knows.
+        DataError: the file is not a case this library knows, or lacks a part.
     """
     case = read_case(path)
-    for belongs, check in _KINDS:
-        if belongs(case):
-            with torch.no_grad():
-                return list(check(case))
+    try:
+        for belongs, check in _KINDS:
+            if belongs(case):
+                with torch.no_grad():
+                    return list(check(case))
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     raise DataError(f"{path} holds none of the cases this library knows")
 
 
