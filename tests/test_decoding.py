@@ -272,7 +272,7 @@ class TestGround:
         return make_dataset({"a": 50, "b": 17, "c": 33, "silent": 9}, queries)
 
     def model(self, **changes):
-        """Fresh weights; a bias keeps the distances away from zero, where nothing is long enough."""
+        """Fresh weights; a bias keeps distances from zero, where nothing is long enough."""
         torch.manual_seed(0)
         model = SnAG(replace(SMALL, **changes))
         torch.nn.init.ones_(model.regression.output.bias)
