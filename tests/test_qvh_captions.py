@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tvg_lib.augmentation import with_caption_queries, with_paraphrases
 from tvg_lib.data import download as downloading
 from tvg_lib.data import qvh_captions as qvh
 from tvg_lib.data.dataset import GroundingDataset
 from tvg_lib.data.download import fetch
 from tvg_lib.data.readers import read_qvhighlights
+from tvg_lib.data.splicing import spliced
 from tvg_lib.errors import DataError, GridMismatchError
 
 
@@ -266,7 +268,7 @@ def test_fingerprint_sees_every_file(root: Path) -> None:
 
 
 def test_paraphrases_are_queries_of_their_own(root: Path, dataset: GroundingDataset) -> None:
-    more = qvh.with_paraphrases("val", LetterCounts(), root)
+    more = with_paraphrases(dataset, qvh.paraphrases("val", root), LetterCounts())
     assert len(more) == 6 * len(dataset)
     assert [query.id for query in more.queries_of("b_0.0_12.0")] == [
         "3",
@@ -279,6 +281,24 @@ def test_paraphrases_are_queries_of_their_own(root: Path, dataset: GroundingData
     np.testing.assert_allclose(more.text_features["2.4"], words, atol=1e-3)
     np.testing.assert_array_equal(more.text_features["2"], dataset.text_features["2"])
     assert len(more.sentence_features) == len(set(more.sentence_features)) == 24
+
+
+def test_captions_are_asked_as_queries(root: Path, dataset: GroundingDataset) -> None:
+    captions = qvh.captions("val", root)
+    more = with_caption_queries(dataset, captions, per_video=2, encoder=LetterCounts())
+    added = more.queries[len(dataset) :]
+    assert len(added) == 2 * len(dataset.videos)
+    for query in added:
+        video_id, clip = query.id.split("#")
+        start, end = query.moments[0]
+        assert query.video_id == video_id
+        assert query.text == captions[video_id][int(clip)]
+        assert start <= 2 * int(clip) < end <= dataset.videos[video_id].duration
+        assert len(more.text_features[query.id]) == len(query.text.split())
+    again = with_caption_queries(dataset, captions, per_video=2, encoder=LetterCounts())
+    assert [query.id for query in again.queries] == [query.id for query in more.queries]
+    with pytest.raises(DataError, match="no captions of video"):
+        with_caption_queries(dataset, {}, per_video=1, encoder=LetterCounts())
 
 
 @pytest.mark.parametrize(
@@ -331,7 +351,7 @@ def test_captions_must_fit_the_duration(root: Path) -> None:
 
 @pytest.mark.parametrize("videos_per_film", [1, 2, 3, 5])
 def test_a_film_is_its_videos_end_to_end(dataset: GroundingDataset, videos_per_film: int) -> None:
-    films = qvh.spliced(dataset, videos_per_film, seed=3)
+    films = spliced(dataset, videos_per_film, seed=3)
     films.check()
     assert len(films) == len(dataset)
     assert len(films.videos) == -(-3 // videos_per_film)
@@ -349,7 +369,7 @@ def test_a_film_is_its_videos_end_to_end(dataset: GroundingDataset, videos_per_f
 
 
 def test_moments_move_with_their_video(dataset: GroundingDataset) -> None:
-    films = qvh.spliced(dataset, 3, seed=0)
+    films = spliced(dataset, 3, seed=0)
     first = {p.video_id: p.first_clip for p in films.video_features.films["film-0000"]}
     assert sorted(first.values())[0] == 0
     for before, after in zip(dataset.queries, films.queries, strict=True):
@@ -366,13 +386,13 @@ def test_moments_move_with_their_video(dataset: GroundingDataset) -> None:
 
 
 def test_films_are_decided_by_the_seed(dataset: GroundingDataset) -> None:
-    films = [qvh.spliced(dataset, 2, seed).video_features.films for seed in (0, 0, *range(1, 9))]
+    films = [spliced(dataset, 2, seed).video_features.films for seed in (0, 0, *range(1, 9))]
     assert films[0] == films[1]
     assert any(other != films[0] for other in films[2:])
 
 
 def test_films_are_not_copied(dataset: GroundingDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    films = qvh.spliced(dataset, 2, seed=0)
+    films = spliced(dataset, 2, seed=0)
     read: list[str] = []
     original = type(dataset.video_features).__getitem__
 
@@ -387,9 +407,9 @@ def test_films_are_not_copied(dataset: GroundingDataset, monkeypatch: pytest.Mon
 
 def test_impossible_films_are_refused(dataset: GroundingDataset) -> None:
     with pytest.raises(DataError, match="at least one video"):
-        qvh.spliced(dataset, 0, seed=0)
+        spliced(dataset, 0, seed=0)
     with pytest.raises(DataError, match="no film"):
-        qvh.spliced(dataset, 2, seed=0).video_features["film-0009"]
+        spliced(dataset, 2, seed=0).video_features["film-0009"]
 
 
 # --- download -------------------------------------------------------------------------------------

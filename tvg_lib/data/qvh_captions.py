@@ -1,4 +1,4 @@
-"""QVH-captions: a real benchmark that runs on a laptop; QVH-long: the same, an hour at a time.
+"""QVH-captions: a real benchmark that runs on a laptop. (QVH-long: `tvg_lib.data.splicing`.)
 
 QVHighlights (Lei et al. 2021) asks written questions about 150-second videos; its moments and
 highlight scores are public for `val` and `test`. VTG-GPT (Xu et al. 2024) published a MiniGPT-v2
@@ -27,9 +27,8 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 from urllib.parse import quote
@@ -37,9 +36,8 @@ from urllib.parse import quote
 import numpy as np
 
 from tvg_lib import paths
-from tvg_lib.data.dataset import GroundingDataset, Query, Video
+from tvg_lib.data.dataset import GroundingDataset, Query
 from tvg_lib.data.download import fetch
-from tvg_lib.data.features import FeatureStore
 from tvg_lib.data.readers import join, read_qvhighlights
 from tvg_lib.encoders.sentence import (
     Embedded,
@@ -363,10 +361,10 @@ def _numbered(sentences: Sequence[str]) -> tuple[list[str], dict[str, int]]:
     return unique, {sentence: i for i, sentence in enumerate(unique)}
 
 
-def _text_stores(
+def text_stores(
     queries: Sequence[Query], encoder: SentenceEncoder, label: str
 ) -> tuple[EmbeddedFeatures, EmbeddedFeatures]:
-    """Word features and sentence vectors of queries."""
+    """Word features and sentence vectors of queries, by query id; cached."""
     unique, number = _numbered([query.text.strip() for query in queries])
     chosen = {query.id: [number[query.text.strip()]] for query in queries}
     words = cached_tokens(encoder, unique, _embeddings(), f"{label}, words")
@@ -375,7 +373,11 @@ def _text_stores(
 
 
 def load(
-    split: Split, encoder: SentenceEncoder | None = None, root: Path | None = None
+    split: Split,
+    encoder: SentenceEncoder | None = None,
+    root: Path | None = None,
+    *,
+    first: int | None = None,
 ) -> GroundingDataset:
     """QVH-captions as a data set; embeds what the cache does not hold (minutes, once).
 
@@ -408,181 +410,15 @@ def load(
     clips = EmbeddedFeatures(
         embedded, {key: [number[text] for text in texts[key]] for key in annotations.videos}
     )
-    words, whole = _text_stores(annotations.queries, encoder, f"QVH-captions {split}: queries")
+    words, whole = text_stores(annotations.queries, encoder, f"QVH-captions {split}: queries")
     return join(annotations, QVHIGHLIGHTS_2S, clips, words, whole)
-
-
-def with_paraphrases(
-    split: Split, encoder: SentenceEncoder | None = None, root: Path | None = None
-) -> GroundingDataset:
-    """`load(split)` with every query asked six times: as it is, and in five other wordings.
-
-    A paraphrase is a query of its own, with the id `<qid>.<1..5>` and the moments of its query:
-    data augmentation for training, and a test of robustness to wording.
-    """
-    encoder = MiniLM() if encoder is None else encoder
-    dataset = load(split, encoder, root)
-    wordings = paraphrases(split, root)
-    others = [
-        replace(query, id=f"{query.id}.{n}", text=text)
-        for query in dataset.queries
-        for n, text in enumerate(wordings.get(query.id, ()), start=1)
-    ]
-    queries = sorted(
-        [*dataset.queries, *others], key=lambda query: (query.video_id, query.id.partition("."))
-    )
-    words, whole = _text_stores(others, encoder, f"QVH-captions {split}: paraphrases")
-    return replace(
-        dataset,
-        name=f"qvh-captions/{split}-paraphrased",
-        queries=tuple(queries),
-        text_features=JoinedFeatures(dataset.text_features, words),
-        sentence_features=JoinedFeatures(dataset.sentence_features, whole),
-    )
-
-
-class JoinedFeatures:
-    """Two feature stores with different ids seen as one."""
-
-    def __init__(self, first: FeatureStore, second: FeatureStore) -> None:
-        if first.dim != second.dim:
-            raise DataError(f"stores of width {first.dim} and {second.dim} cannot be joined")
-        self._first, self._second = first, second
-
-    @property
-    def dim(self) -> int:
-        """Width C of every sequence."""
-        return self._first.dim
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        """(T, C) float32."""
-        return (self._first if key in self._first else self._second)[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._first or key in self._second
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._first
-        yield from self._second
-
-    def __len__(self) -> int:
-        return len(self._first) + len(self._second)
-
-
-# --- QVH-long -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A video inside a film: its first clip there and the number of clips it fills."""
-
-    video_id: str
-    first_clip: int
-    num_clips: int
-
-
-class SplicedFeatures:
-    """Films made of videos end to end; a film's features are joined only when they are read."""
-
-    def __init__(self, source: FeatureStore, films: Mapping[str, tuple[Part, ...]]) -> None:
-        self._source = source
-        self.films = films
-
-    @property
-    def dim(self) -> int:
-        """Width C of every sequence."""
-        return self._source.dim
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        """(T, C) float32: the parts in order, each held at its last clip for its full length."""
-        if key not in self.films:
-            raise DataError(f"no film {key!r} among {len(self.films)}")
-        parts = self.films[key]
-        end = parts[-1].first_clip + parts[-1].num_clips
-        film = np.empty((end, self.dim), np.float32)
-        for part in parts:
-            clips = self._source[part.video_id]
-            film[part.first_clip : part.first_clip + len(clips)] = clips
-            film[part.first_clip + len(clips) : part.first_clip + part.num_clips] = clips[-1]
-        return film
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.films
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.films)
-
-    def __len__(self) -> int:
-        return len(self.films)
-
-
-def spliced(dataset: GroundingDataset, videos_per_film: int, seed: int) -> GroundingDataset:
-    """Long films out of short videos: the videos, shuffled, `videos_per_film` of them end to end.
-
-    Every query is asked over the whole film, with its moments (and highlight clips) moved to where
-    its video stands. 24 videos of 150 s make one hour (1,800 clips), 72 make three (5,400 clips).
-    Every video is used once; the last film holds what remains and may be shorter. Where a video has
-    fewer clips than its duration asks for, its last clip is repeated, so that no moment reaches
-    into its neighbour.
-
-    Videos cut from the same recording can meet in one film, and a film can hold a second answer
-    that no annotator marked: figures on films are lower bounds, as on every spliced benchmark.
-
-    Args:
-        dataset: its videos share one grid without overlap or offset.
-        videos_per_film: k.
-        seed: of the shuffle; the same seed gives the same films.
-
-    Raises:
-        DataError: `videos_per_film` is not positive, or the grids differ.
-    """
-    if videos_per_film < 1:
-        raise DataError(f"a film needs at least one video, found {videos_per_film}")
-    grids = {video.grid for video in dataset.videos.values()}
-    if len(grids) != 1:
-        raise DataError(f"{dataset.name}: videos on {len(grids)} different grids make no film")
-    (grid,) = grids
-    if grid.offset != 0 or grid.clip_size != grid.stride:
-        raise DataError(f"{dataset.name}: films need clips that touch and start at 0, found {grid}")
-    ids = sorted(dataset.videos)
-    order = [ids[i] for i in np.random.default_rng(seed).permutation(len(ids))]
-    films: dict[str, tuple[Part, ...]] = {}
-    videos: dict[str, Video] = {}
-    home: dict[str, tuple[str, int]] = {}
-    for start in range(0, len(order), videos_per_film):
-        name = f"film-{start // videos_per_film:04d}"
-        parts, first = [], 0
-        for video_id in order[start : start + videos_per_film]:
-            asked = ceil(dataset.videos[video_id].duration / grid.step)
-            clips = max(len(dataset.video_features[video_id]), asked)
-            parts.append(Part(video_id, first, clips))
-            home[video_id] = (name, first)
-            first += clips
-        films[name] = tuple(parts)
-        videos[name] = Video(name, first * grid.step, grid)
-
-    def moved(query: Query) -> Query:
-        name, first = home[query.video_id]
-        saliency = query.saliency
-        if saliency is not None:
-            saliency = replace(saliency, clips=saliency.clips + first)
-        moments = query.moments + first * grid.step
-        return replace(query, video_id=name, moments=moments, saliency=saliency)
-
-    return replace(
-        dataset,
-        name=f"{dataset.name}-long{videos_per_film}-seed{seed}",
-        videos=videos,
-        queries=tuple(moved(query) for query in dataset.queries),
-        video_features=SplicedFeatures(dataset.video_features, films),
-    )
 
 
 def main() -> None:
     """Download what is missing and embed both splits."""
     download()
     for split in SPLITS:
-        print(with_paraphrases(split))
+        print(load(split))
 
 
 if __name__ == "__main__":
