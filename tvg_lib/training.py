@@ -22,6 +22,7 @@ and number of threads), and only loads a finished one. Name the folder by `run_k
 Several GPUs. From a shell:
 
     accelerate launch --num_processes 2 script.py       # script.py calls train(...)
+    torchrun --nproc_per_node 2 script.py               # the same; also for processes on a CPU
 
 From a notebook, before anything has touched a GPU there:
 
