@@ -5,7 +5,7 @@
 #   FORCE=1                    run what is unchanged, too
 #   PYTHON=python3.12          interpreter for the environments (3.11 to 3.13)
 #   JOBS=2                     tests and notebooks side by side
-#   MAMBA_SSM=...              optional: a mamba-ssm requirement or wheel, installed for `make test`
+#   MAMBA_SSM=mamba-ssm        optional: mamba-ssm (or a version, or a file), for its comparison in `make test`
 
 PYTHON ?= python3
 SCALE ?= cpu
@@ -47,7 +47,7 @@ lab: $(VENV)/installed ## open JupyterLab on the notebooks
 test: ## fresh environment, unit tests, notebook rules, all notebooks compared cell by cell
 	$(PYTHON) -m venv --clear $(TEST_VENV)
 	$(TEST_VENV)/bin/python -m pip install -q -c constraints.txt -e '.[test]'
-	$(if $(MAMBA_SSM),$(TEST_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps $(MAMBA_SSM))
+	$(if $(MAMBA_SSM),MAMBA_SKIP_CUDA_BUILD=TRUE $(TEST_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps '$(MAMBA_SSM)' triton einops)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest notebooks tests $(NBVAL) -rs -n $(JOBS) --dist loadscope
 
 unit: $(VENV)/installed ## unit tests and notebook rules in the everyday environment
