@@ -22,6 +22,7 @@ from tvg_lib.data import planted, sources
 from tvg_lib.data.planted import PlantedConfig, PlantedWords
 from tvg_lib.decoding import Prediction
 from tvg_lib.errors import DataError
+from tvg_lib.exercises import exercise
 from tvg_lib.metrics import Estimate, recall_at_k
 from tvg_lib.moments import QVHIGHLIGHTS_2S, Moment
 from tvg_lib.nn.points import PointGrid
@@ -337,6 +338,36 @@ def test_planted_words_read_like_the_data_and_refuse_the_unknown():
         words.encode(["the red dog"])
     with pytest.raises(DataError, match="no word with a meaning"):
         words.encode_tokens(["the something"])
+
+
+def test_questions_of_ones_own_are_answered_like_annotated_ones():
+    data = planted.planted("test", SMALL)
+    query = data.queries[0]
+    own = sources.questions_about(data, query.video_id, [query.text], PlantedWords(SMALL))
+    own.check()
+    (mine,), theirs = ZeroShotWindow().predict(own), ZeroShotWindow().predict(data)[0]
+    assert mine.best.iou(theirs.best) > 0.8  # the words of the data carry a little noise
+    assert "truth" not in mine._repr_html_()
+    assert_legible(viz.timeline_of(own, mine))
+    with pytest.raises(DataError, match="no video"):
+        sources.questions_about(data, "nowhere", ["a star"], PlantedWords(SMALL))
+
+
+def test_a_glimpse_holds_the_first_videos_only():
+    assert sorted(sources.glimpse("smoke", 3).videos) == sorted(planted.captions("test"))[:3]
+
+
+def test_exercise_reports_unsolved_and_solved_and_fails_on_wrong(capsys):
+    def unsolved():
+        raise NotImplementedError
+
+    with exercise("1"):
+        unsolved()
+    with exercise("2"):
+        assert True
+    with pytest.raises(AssertionError), exercise("3"):
+        assert 1 == 2
+    assert capsys.readouterr().out == ("exercise 1: still yours to solve\nexercise 2: solved\n")
 
 
 def test_default_clip_helpers_place_curves_and_captions():

@@ -388,6 +388,7 @@ def load(
         split: "val" (1,550 queries, 1,519 videos) or "test" (1,542 and 1,529).
         encoder: all-MiniLM-L6-v2 by default.
         root: folder of the raw files; `folder()` by default.
+        first: only this many videos, in alphabetical order: a glimpse that is embedded in seconds.
 
     Raises:
         DataError: files are missing or malformed, or a video of a query has no captions.
@@ -395,8 +396,10 @@ def load(
     _check_split(split)
     root = folder() if root is None else root
     encoder = MiniLM() if encoder is None else encoder
-    name = f"qvh-captions/{split}"
+    name = f"qvh-captions/{split}" + ("" if first is None else f"-first{first}")
     annotations = read_qvhighlights(_require(root / f"{split}.jsonl"), name=name, strict=True)
+    if first is not None:
+        annotations = annotations.restrict(sorted(annotations.videos)[:first])
     texts = captions(split, root)
     missing = sorted(set(annotations.videos) - set(texts))
     if missing:

@@ -6,9 +6,13 @@ cpu, full, gpu  QVH-captions where this machine has it (`TVG_DATA` or the downlo
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from tvg_lib.data import planted, qvh_captions
-from tvg_lib.data.dataset import GroundingDataset
+from tvg_lib.data.dataset import GroundingDataset, Query
+from tvg_lib.data.features import ArrayStore
 from tvg_lib.encoders.sentence import MiniLM, SentenceEncoder
 
 HELD_OUT = 0.15  # of the videos of QVH-captions' val, for model selection
@@ -32,6 +36,14 @@ def benchmark(scale: str) -> dict[str, GroundingDataset]:
     return {"train": train, "val": val, "test": qvh_captions.load("test")}
 
 
+def glimpse(scale: str, videos: int = 12) -> GroundingDataset:
+    """The first few test videos: what can be shown within seconds, even on a fresh machine."""
+    if has_real_data(scale):
+        return qvh_captions.load("test", first=videos)
+    data = planted.planted("test")
+    return data.subset(sorted(data.videos)[:videos], f"{data.name}-first{videos}")
+
+
 def captions(scale: str, split: planted.Split = "test") -> Mapping[str, Sequence[str]]:
     """What happens in every clip of every video of a split, in words, by video id."""
     if has_real_data(scale):
@@ -42,3 +54,32 @@ def captions(scale: str, split: planted.Split = "test") -> Mapping[str, Sequence
 def text_encoder(scale: str) -> SentenceEncoder:
     """What turns a question of one's own into features in the space of the clips."""
     return MiniLM() if has_real_data(scale) else planted.PlantedWords()
+
+
+def questions_about(
+    dataset: GroundingDataset, video_id: str, texts: Sequence[str], encoder: SentenceEncoder
+) -> GroundingDataset:
+    """One video of a data set with questions of one's own, whose moments nobody has annotated.
+
+    Args:
+        dataset: holds the video.
+        video_id: the video.
+        texts: the questions.
+        encoder: puts them into the space of the clips; that of `text_encoder`.
+
+    Raises:
+        DataError: there is no such video, or the encoder refuses a text.
+    """
+    video = dataset.subset([video_id], f"questions about {video_id}")
+    ids = [f"question-{number}" for number in range(1, len(texts) + 1)]
+    nowhere = np.zeros((0, 2))
+    return replace(
+        video,
+        queries=tuple(
+            Query(key, video_id, text, nowhere) for key, text in zip(ids, texts, strict=True)
+        ),
+        text_features=ArrayStore.of(dict(zip(ids, encoder.encode_tokens(texts), strict=True))),
+        sentence_features=ArrayStore.of(
+            {key: vector[None] for key, vector in zip(ids, encoder.encode(texts), strict=True)}
+        ),
+    )
