@@ -10,6 +10,7 @@ for each autotuned kernel.
 import json
 import os
 import sys
+import time
 from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
@@ -75,26 +76,24 @@ def ssd_cases() -> None:
         B, C = torch.randn(b, t, groups, n), torch.randn(b, t, groups, n)
         start = torch.randn(b, h, p, n)
         leaves = [v.requires_grad_() for v in (x, dt, A, B, C, D, bias, start)]
+        name = f"ssd kernel, {groups} groups"
         y, state = ssd_combined.mamba_chunk_scan_combined(
             x, dt, A, B, C, 32, D=D, dt_bias=bias, initial_states=start,
             dt_softplus=True, return_final_states=True,
         )  # fmt: skip
-        theirs = gradients(y, state, leaves)
-        for backend in ("torch", "mamba_ssm"):
-            y_ours, state_ours = ssd_scan(
-                x, dt, A, B, C, D=D, dt_bias=bias, dt_softplus=True, initial_state=start,
-                chunk_size=32, backend=backend,
-            )  # fmt: skip
-            name = f"ssd kernel, {groups} groups, {backend}"
-            compare(f"{name}: y", y_ours, y)
-            compare(f"{name}: state", state_ours, state)
-            for leaf, ours, other in zip(
-                ["x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state"],
-                gradients(y_ours, state_ours, leaves),
-                theirs,
-                strict=True,
-            ):
-                compare(f"{name}: gradient of {leaf}", ours, other)
+        ours = {"D": D, "dt_bias": bias, "dt_softplus": True, "initial_state": start}
+        y_ours, state_ours = ssd_scan(x, dt, A, B, C, **ours)
+        compare(f"{name}: y", y_ours, y)
+        compare(f"{name}: state", state_ours, state)
+        if groups > 1:  # the interpreter takes seconds for a backward pass
+            continue
+        for leaf, mine, other in zip(
+            ["x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state"],
+            gradients(y_ours, state_ours, leaves),
+            gradients(y, state, leaves),
+            strict=True,
+        ):
+            compare(f"{name}: gradient of {leaf}", mine, other)
     with torch.no_grad():
         y = ssd_combined.ssd_chunk_scan_combined_ref(
             x, dt, A, B, C, 32, D=D, dt_bias=bias, dt_softplus=True
@@ -140,7 +139,7 @@ def s6_cases() -> None:
 def layer_cases() -> None:
     """Whole layers: their modules' state dicts load into ours and give the same output."""
     torch.manual_seed(2)
-    x = torch.randn(2, 70, 32)
+    x = torch.randn(1, 40, 32)
     mamba_simple.selective_scan_fn = s6.selective_scan_ref
     theirs = mamba_simple.Mamba(32, d_state=8, use_fast_path=False)
     ours = Mamba(32, d_state=8)
@@ -157,7 +156,8 @@ def layer_cases() -> None:
         compare(f"Mamba2 layer, {groups} groups, norm before gate {before}", ours(x), theirs(x))
 
 
-ssd_cases()
-s6_cases()
-layer_cases()
+for part in (ssd_cases, s6_cases, layer_cases):
+    started = time.process_time()
+    part()
+    print(f"{part.__name__}: {time.process_time() - started:.1f} s", file=sys.stderr, flush=True)
 print(json.dumps(errors))

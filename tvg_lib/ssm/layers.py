@@ -153,6 +153,15 @@ def _check_input(x: Tensor, width: int, mask: Tensor | None) -> None:
         )
 
 
+def _project(projection: nn.Linear, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The input projection, exactly zero at padded steps whatever the padding holds."""
+    if mask is None:
+        return projection(x)
+    silent = ~mask.unsqueeze(2)
+    y = projection(x.masked_fill(silent, 0))
+    return y if projection.bias is None else y.masked_fill(silent, 0)
+
+
 def _heads(width: int, headdim: int, ngroups: int) -> int:
     if width % headdim or (width // headdim) % ngroups:
         raise ConfigurationError(
@@ -226,9 +235,7 @@ class Mamba(nn.Module):
             DataError: shapes do not fit.
         """
         _check_input(x, self.in_proj.in_features, mask)
-        inner, z = self.in_proj(x).chunk(2, 2)
-        if mask is not None:
-            inner = inner * mask.unsqueeze(2)
+        inner, z = _project(self.in_proj, x, mask).chunk(2, 2)
         scan_mask = None if self.leak_padding else mask
         history = None if state is None else state.conv
         u = self.conv1d(inner, history, self.backend)
@@ -326,9 +333,8 @@ class Mamba2(nn.Module):
         """
         _check_input(x, self.in_proj.in_features, mask)
         width = self.sizes[0]
-        z, inner, dt = self.in_proj(x).split([width, sum(self.sizes), self.nheads], 2)
-        if mask is not None:
-            inner = inner * mask.unsqueeze(2)
+        parts = [width, sum(self.sizes), self.nheads]
+        z, inner, dt = _project(self.in_proj, x, mask).split(parts, 2)
         scan_mask = None if self.leak_padding else mask
         history = None if state is None else state.conv
         u, B, C = self.conv1d(inner, history, self.backend).split(self.sizes, 2)
@@ -422,9 +428,8 @@ class Hydra(nn.Module):
         """
         _check_input(x, self.in_proj.in_features, mask)
         width = self.sizes[0]
-        z, inner, dt = self.in_proj(x).split([width, sum(self.sizes), 2 * self.nheads], 2)
-        if mask is not None:
-            inner = inner * mask.unsqueeze(2)
+        parts = [width, sum(self.sizes), 2 * self.nheads]
+        z, inner, dt = _project(self.in_proj, x, mask).split(parts, 2)
         scan_mask = None if self.leak_padding else mask
         inner = self.conv1d(inner, None, self.backend)
         # channels after the convolution: x, then B and C of the forward pass, then of the backward

@@ -33,7 +33,7 @@ from tvg_lib.ssm.kernels import Backend
 from tvg_lib.ssm.s6 import check_shapes, silence
 
 _LOG2E = math.log2(math.e)
-_CPU_BLOCK = 1 << 19  # entries of the (Q x Q) matrices held at once
+_CPU_BLOCK = 1 << 18  # entries of the (Q x Q) matrices held at once
 _GPU_BLOCK = 1 << 27
 
 
@@ -275,10 +275,11 @@ class _SSD(torch.autograd.Function):
                 if keep:
                     kept.append(starts)
                 out = block.from_states(starts)
-                _, _, attention = block.attention()
-                out.add_(_split(attention @ _heads_first(block.xd)))
+                _, attention = block.attention(in_place=True)
+                seen = attention @ _heads_first(block.x, block.dt)
                 if D is not None:
                     out.addcmul_(block.x, _per_channel(D))
+                torch.add(out, _split(seen), out=out)
                 y[:, time] = out.view(batch, -1, heads, channels)
         ctx.save_for_backward(x, dt, A, B, C, D, *kept)
         ctx.q = q
@@ -306,24 +307,24 @@ class _SSD(torch.autograd.Function):
                 through = block.C.transpose(2, 3) @ scaled  # gradient of h_start, (b, c, N, HP)
                 ends, g = block.pass_gradients(through, g)  # gradient of each chunk's last state
                 dC_block = scaled @ starts.transpose(2, 3)
-                da = (out * block.from_states(starts)).sum(4)
+                da = block.from_states(starts).mul_(out).sum(4)
                 # through the write: h_end = exp(a_Q) h_start + sum_j exp(a_Q - a_j) xd_j B_j
                 dB_block = block.xw.flatten(3) @ ends.transpose(2, 3)
                 dxd = (block.B @ ends).view(out.shape).mul_(block.to_end)
-                write = (dxd * block.xd).sum(4)
+                write = (dxd * block.x).sum(4).mul_(block.dt)
                 da_end = (ends * starts).sum(2).view(batch, -1, heads, channels).sum(3)
                 da_end = da_end * block.decay + write.sum(2)
                 da -= write
                 # within the chunk: y_i = sum_j M_ij xd_j, M = G o L, G = C B^T
-                scores, decays, attention = block.attention()
-                out_h, xd_h = _heads_first(out), _heads_first(block.xd)
+                decays, attention = block.attention()
+                out_h, xd_h = _heads_first(out), _heads_first(block.x, block.dt)
                 dxd += _split(attention.transpose(3, 4) @ out_h)
-                weighted = (out_h @ xd_h.transpose(3, 4)).mul_(decays)  # dM o L
+                weighted = torch.matmul(out_h, xd_h.transpose(3, 4)).mul_(decays)  # dM o L
                 dG = weighted.sum(2).tril_()
                 dC_block += dG @ block.B
                 dB_block += dG.transpose(2, 3) @ block.C
                 # dM o M below the diagonal: a_i - a_j is zero on it
-                weighted.mul_(scores.tril(-1).unsqueeze(2))
+                weighted.mul_(block.scores().tril_(-1).unsqueeze(2))
                 da += (weighted.sum(4) - weighted.sum(3)).transpose(2, 3)
                 da[:, :, -1] += da_end
                 # a is a running sum within the chunk, so its gradient is one from the end
@@ -369,9 +370,16 @@ def _chunked(v: Tensor, time: slice, q: int, dtype: torch.dtype) -> Tensor:
     return v[:, time].to(dtype).unflatten(1, (-1, q))
 
 
-def _heads_first(v: Tensor) -> Tensor:
-    """(B, c, Q, H, P) -> (B, c, H, Q, P), contiguous for the batched product."""
-    return v.transpose(2, 3).contiguous()
+def _heads_first(v: Tensor, factor: Tensor | None = None) -> Tensor:
+    """(B, c, Q, H, P) -> (B, c, H, Q, P), contiguous for the batched product.
+
+    `factor` (B, c, Q, H) multiplies on the way.
+    """
+    turned = v.transpose(2, 3)
+    if factor is None:
+        return turned.contiguous()
+    place = torch.empty(turned.shape, dtype=v.dtype, device=v.device)
+    return torch.mul(turned, factor.transpose(2, 3).unsqueeze(4), out=place)
 
 
 def _split(v: Tensor) -> Tensor:
@@ -395,31 +403,30 @@ class _Chunks:
         self.B = _chunked(B, time, q, kind)  # (B, c, Q, N)
         self.C = _chunked(C, time, q, kind)
         a = (self.dt * (A * _LOG2E)).cumsum(2)  # a_i in powers of two: exp2 is the faster one
-        self.a = a.transpose(2, 3)  # (B, c, H, Q)
+        self.a = a.transpose(2, 3).contiguous()  # (B, c, H, Q)
         self.decay = torch.exp2(a[:, :, -1])  # (B, c, H), over the whole chunk
         self.from_start = torch.exp2(a).unsqueeze(4)  # (B, c, Q, H, 1)
         self.to_end = torch.exp2(a[:, :, -1:] - a).unsqueeze(4)
-        self.xd = self.x * self.dt.unsqueeze(4)
-        self.xw = self.xd * self.to_end
+        self.xw = self.x * (self.to_end * self.dt.unsqueeze(4))
 
     def pass_states(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """States at the start of each chunk (B, c, N, HP), and the state after the last."""
         local = self.B.transpose(2, 3) @ self.xw.flatten(3)
         decay = self._decay_rows()
         starts = torch.empty_like(local)
-        for i in range(local.shape[1]):
-            starts[:, i] = h
-            h = torch.addcmul(local[:, i], h, decay[:, i])
-        return starts, h
+        starts[:, 0] = h
+        for i in range(1, local.shape[1]):
+            torch.addcmul(local[:, i - 1], starts[:, i - 1], decay[:, i - 1], out=starts[:, i])
+        return starts, torch.addcmul(local[:, -1], starts[:, -1], decay[:, -1])
 
     def pass_gradients(self, through: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the states at the end of each chunk, and of the state before the first."""
         decay = self._decay_rows()
         ends = torch.empty_like(through)
-        for i in reversed(range(through.shape[1])):
-            ends[:, i] = g
-            g = torch.addcmul(through[:, i], g, decay[:, i])
-        return ends, g
+        ends[:, -1] = g
+        for i in reversed(range(1, through.shape[1])):
+            torch.addcmul(through[:, i], ends[:, i], decay[:, i], out=ends[:, i - 1])
+        return ends, torch.addcmul(through[:, 0], ends[:, 0], decay[:, 0])
 
     def _decay_rows(self) -> Tensor:
         return self.decay.repeat_interleave(self.x.shape[4], 2).unsqueeze(2)  # (B, c, 1, HP)
@@ -428,13 +435,17 @@ class _Chunks:
         """What the chunk's start state adds to each step: (B, c, Q, H, P)."""
         return (self.C @ starts).view(self.x.shape).mul_(self.from_start)
 
-    def attention(self) -> tuple[Tensor, Tensor, Tensor]:
-        """G (B, c, Q, Q), lower triangle; L (B, c, H, Q, Q), valid there; and their product.
+    def attention(self, in_place: bool = False) -> tuple[Tensor, Tensor]:
+        """L (B, c, H, Q, Q), valid in the lower triangle, and M = G o L.
 
         Above the diagonal a_i - a_j would be positive and could overflow: it is cut to zero, and G
-        is zero there.
+        is zero there. `in_place`: M takes the place of L.
         """
-        scores = (self.C @ self.B.transpose(2, 3)).tril_()
         decays = self.a.unsqueeze(4) - self.a.unsqueeze(3)
         decays.clamp_(max=0).exp2_()
-        return scores, decays, decays * scores.unsqueeze(2)
+        scores = self.scores().unsqueeze(2)
+        return decays, decays.mul_(scores) if in_place else decays * scores
+
+    def scores(self) -> Tensor:
+        """G = C B^T (B, c, Q, Q), lower triangle."""
+        return (self.C @ self.B.transpose(2, 3)).tril_()
