@@ -130,7 +130,8 @@ def train_grounder(
     modules = (*COMMON_MODULES, *modules)
     parameters = {"architecture": _plain(architecture), "recipe": asdict(recipe)}
     data_hash = train_set.fingerprint + validation_set.fingerprint
-    key = run_key(parameters, code=modules, data_hash=data_hash)
+    # The recipe itself, not its dict: `run_key` knows what of a `TrainingConfig` decides a run.
+    key = run_key([parameters["architecture"], recipe], code=modules, data_hash=data_hash)
     seed = recipe.training.seed
     set_seed(seed)
     built = model()
