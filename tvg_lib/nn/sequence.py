@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 def zero_invalid(x: Tensor, mask: Tensor) -> Tensor:
     """`x` (B, T, C) with zeros where `mask` (B, T) is False."""
-    return x.masked_fill(~mask[..., None], 0.0)
+    return torch.where(mask[..., None], x, 0.0)
 
 
 def pad_time(x: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
