@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tvg_lib.errors import ConfigurationError, DataError
 from tvg_lib.ssm import (
+    DepthwiseConv,
     Hydra,
     Mamba,
     Mamba2,
@@ -142,6 +143,29 @@ def test_ssd_equals_s6_when_all_channels_of_a_head_decay_alike() -> None:
     )
     torch.testing.assert_close(y.flatten(2), y6)
     torch.testing.assert_close(state.flatten(1, 2), state6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 700])
+def test_depthwise_convolution_equals_conv1d(causal: bool, steps: int) -> None:
+    torch.manual_seed(0)
+    conv = DepthwiseConv(4, 5, bias=True, causal=causal).double()
+    x = torch.randn(2, steps, 4, dtype=torch.float64, requires_grad=True)
+    padding = (4, 0) if causal else (2, 2)
+    plain = torch.nn.functional.conv1d(
+        torch.nn.functional.pad(x.transpose(1, 2), padding), conv.weight, conv.bias, groups=4
+    ).transpose(1, 2)
+    plain = plain * torch.sigmoid(plain)
+    y = conv(x)
+    torch.testing.assert_close(y, plain)
+    weight = torch.randn(y.shape, dtype=torch.float64)
+    leaves = [x, conv.weight, conv.bias]
+    for ours, theirs in zip(
+        torch.autograd.grad((y * weight).sum(), leaves),
+        torch.autograd.grad((plain * weight).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_hydra_is_a_quasiseparable_matrix() -> None:
