@@ -9,8 +9,8 @@
 `scans` and `layers` take turns (ours, theirs, ours, theirs, ...) within one process and report
 medians, so a busy machine slows all alike; the load is recorded. Before timing, every contender's
 output is compared with ours on the same weights. A contender whose package is missing is recorded
-as such. Contenders: transformers' Mamba and Mamba-2 layers, mambapy, mamba-ssm's PyTorch references and, on
-a GPU, its kernels called directly.
+as such. Contenders: transformers' Mamba and Mamba-2 layers, mambapy, mamba-ssm's PyTorch references
+and, on a GPU, its kernels called directly.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -254,9 +254,8 @@ def take_turns(
 
 def compare(
     what: str, device: str, rounds: int, lengths: Iterable[int], videos: int
-) -> dict[str, Any]:
-    """All comparisons of scans, or of layers."""
-    cases: dict[str, Any] = {}
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All comparisons of scans, or of layers, one by one."""
     if what == "scans":
         makers = [
             (f"SSD scan, 1 x {t} x 8 x 64, state 64", lambda t=t: ssd_scans(t, device))
@@ -285,8 +284,7 @@ def compare(
                     f"{row['processor_times_ours']:.2f} x)",
                     flush=True,
                 )
-        cases[name] = case
-    return cases
+        yield name, case
 
 
 # -- scaling -------------------------------------------------------------------------------------
@@ -355,15 +353,15 @@ def exponent(lengths: list[int], values: list[float]) -> float:
     return ((xs * ys).sum() / (xs * xs).sum()).item()
 
 
-def scaling(device: str, rounds: int, lengths: list[int]) -> dict[str, Any]:
+def scaling(device: str, rounds: int, lengths: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Time and peak memory against length, forward and with backward, with fitted exponents."""
     peak = Peak(device)
-    rows: dict[str, dict[str, list[float]]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for steps in lengths:
         for name in scaling_ways(1, device):
             for mode in ("forward", "forward + backward"):
                 ways = scaling_ways(steps, device)
-                if name not in ways:
+                if name not in ways or (name == "attention" and mode != "forward"):
                     continue
                 way, leaves = ways[name]
                 wanted = leaves if mode != "forward" else None
@@ -379,15 +377,13 @@ def scaling(device: str, rounds: int, lengths: list[int]) -> dict[str, Any]:
                 row["processor_seconds"].append(statistics.median(c for _, c in times))
                 row["peak_bytes"].append(peak.read())
                 print(name, mode, steps, {k: v[-1] for k, v in row.items()}, flush=True)
-    for row in rows.values():
-        ends = [row["lengths"][0], row["lengths"][-1]]
+    for name, row in rows.items():
         row["exponent_seconds"] = exponent(row["lengths"], row["seconds"])
         row["exponent_processor_seconds"] = exponent(row["lengths"], row["processor_seconds"])
         big = [(n, p) for n, p in zip(row["lengths"], row["peak_bytes"], strict=True) if n >= 16384]
         if len(big) > 1:  # below, buffers of fixed size and the allocator hide the growth
             row["exponent_peak_bytes"] = exponent([n for n, _ in big], [max(p, 1) for _, p in big])
-        row["range"] = ends
-    return rows
+        yield name, row
 
 
 # -- picture -------------------------------------------------------------------------------------
@@ -445,20 +441,26 @@ def main() -> None:
         plot(options.records, options.out)
         return
     torch.set_num_threads(options.threads)
-    record = {"what": options.what, "machine": machine(options.device), "rounds": options.rounds}
+    record = {
+        "what": options.what,
+        "command": " ".join(sys.argv[1:]),
+        "machine": machine(options.device),
+        "rounds": options.rounds,
+    }
+    cases: dict[str, Any] = {}
     if options.what == "scaling":
         lengths = options.lengths or [1024, 4096, 16384, 65536, 262144, 1048576]
-        record["cases"] = scaling(options.device, options.rounds, lengths)
+        results = scaling(options.device, options.rounds, lengths)
     else:
         lengths = options.lengths or [3456, 16384, 65536]
-        record["cases"] = compare(
-            options.what, options.device, options.rounds, lengths, options.videos
-        )
-    record["load_at_end"] = os.getloadavg()[0]
+        results = compare(options.what, options.device, options.rounds, lengths, options.videos)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = options.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, options.out)
+    for name, case in results:  # written after each, so that an interrupted run leaves what it has
+        cases[name] = case
+        now = {"cases": cases, "load_at_end": os.getloadavg()[0]}
+        temporary.write_text(json.dumps(record | now, indent=1) + "\n")
+        os.replace(temporary, options.out)
 
 
 if __name__ == "__main__":
