@@ -146,9 +146,8 @@ def timeline(
         (number, start, wrap(shorten(words, 190, placeholder=" …"), 98), inside)
         for number, (start, words, inside) in enumerate(chosen, start=1)
     ]
-    caption_height = 0.2 * sum(len(wrapped) for _, _, wrapped, _ in caption_lines) + (
-        0.15 if chosen else 0.0
-    )
+    caption_height = sum(_caption_inches(wrapped) for _, _, wrapped, _ in caption_lines)
+    caption_height += 0.15 if chosen else 0.0
     head, foot, gap = 0.27 * len(lines) + 0.42, 0.52, 0.12
     height = head + bars_height + (gap + curve_height if curves else 0) + foot + caption_height
     figure = plt.figure(figsize=(WIDTH, height))
@@ -271,9 +270,9 @@ def _draw_bars(
     edge = axes.get_yaxis_transform()
     shown_any = any(len(a) for a in ranked.values())
     if shown_any:
-        axes.text(1.02, -0.62, "score", transform=edge, fontsize=8.5, color=QUIET, va="center")
+        axes.text(1.02, -0.78, "score", transform=edge, fontsize=8.5, color=QUIET, va="center")
     if shown_any and len(true):
-        axes.text(1.115, -0.62, "IoU", transform=edge, fontsize=8.5, color=QUIET, va="center")
+        axes.text(1.115, -0.78, "IoU", transform=edge, fontsize=8.5, color=QUIET, va="center")
     if len(true):
         for start, end in true[:, :2]:
             axes.barh(y, end - start, left=start, height=0.74, color=TRUTH, linewidth=0)
@@ -371,18 +370,19 @@ def _choose_captions(
     if not clips or most < 1:
         return []
     centres = np.array([time for time, _ in clips])
-    wanted = [
+    telling = [
         *true[:, :2].mean(axis=1),
         *(answers[0, :2].mean() for answers in ranked.values() if len(answers)),
         *(times[scores.argmax()] for times, scores in curves.values()),
-        *np.linspace(low, high, 2 * most + 1)[1::2],
     ]
-    room = (high - low) / 40  # numbered marks closer than this would cover one another
+    spread = np.linspace(low, high, 2 * most + 1)[1::2]
+    room = (high - low) / 32  # numbered marks closer than this would cover one another
     picked: list[int] = []
-    for time in wanted:
+    for number, time in enumerate([*telling, *spread]):
         index = int(np.abs(centres - time).argmin())
-        near = np.abs(centres[picked] - centres[index]).min() < room if picked else False
-        if not near and len(picked) < most:
+        near = any(abs(centres[other] - centres[index]) < room for other in picked)
+        told = any(clips[other][1] == clips[index][1] for other in picked)
+        if not near and not (told and number >= len(telling)) and len(picked) < most:
             picked.append(index)
     result = []
     for index in sorted(picked):
@@ -407,7 +407,12 @@ def _print_captions(
         figure.text(0.03, y, f"{number}", color=colour, fontweight="bold", **style)
         figure.text(0.115, y, clock(time, duration), color=colour, ha="right", **style)
         figure.text(0.128, y, "\n".join(wrapped), linespacing=1.25, **style)
-        y -= 0.2 * len(wrapped) / height
+        y -= _caption_inches(wrapped) / height
+
+
+def _caption_inches(lines: Sequence[str]) -> float:
+    """Height of one printed caption."""
+    return 0.21 + 0.165 * (len(lines) - 1)
 
 
 def _cycle(count: int) -> list[str]:
@@ -540,7 +545,7 @@ def _draw_ranges(
         label = f"[{low:g}, {'∞' if open_end else f'{high:g}'})"
         if step is not None:
             # A point in the very middle reaches the ends of a moment twice as long as its range.
-            label += "\nlonger" if open_end else f"\nto {2 * high * step:g} s"
+            label += "\nany longer" if open_end else f"\nup to {2 * high * step:g} s long"
         labels.append(label)
     if len(reach):
         axes.axvspan(
