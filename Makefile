@@ -21,7 +21,7 @@ NARROW := $(if $(ONLY),--only $(ONLY)) $(if $(FORCE),--force)
 NBVAL := --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 600
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce figures lab test unit check notebooks publish lint clean
+.PHONY: help reproduce figures data lab test unit check notebooks publish lint clean
 
 help:
 	@sed -n 's/^#   \(.*\)/  \1/p' Makefile
@@ -40,6 +40,9 @@ reproduce: $(VENV)/installed ## run the notebooks at SCALE, write records, table
 
 figures: $(VENV)/installed ## only the tables and figures, from the records there are
 	$(RUN) --scale $(SCALE) --only 90,91 $(if $(FORCE),--force)
+
+data: $(VENV)/installed ## download QVH-captions (checked) and embed it: some minutes, once
+	$(VENV)/bin/python -m tvg_lib.data.qvh_captions
 
 lab: $(VENV)/installed ## open JupyterLab on the notebooks
 	$(VENV)/bin/python -m jupyter lab --notebook-dir=notebooks

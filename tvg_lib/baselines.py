@@ -80,7 +80,8 @@ class ClipScores:
 
     Attributes:
         smoothing: clips, an odd number.
-        temperature: the difference in cosine that costs a factor e.
+        temperature: the difference in cosine that costs a factor e. 0.1 was the best of 0.05, 0.1,
+            0.2 and 0.4 on the held-out videos of QVH-captions' val, by mAP; all were close.
     """
 
     smoothing: int = 5

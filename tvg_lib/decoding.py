@@ -144,7 +144,7 @@ def spread_over_levels(
     """Clip scores from elsewhere for every point: each level takes the maximum of its surroundings.
 
     SnAG's released code multiplies such scores, of a model that compares clip and sentence, into
-    the scores of the points; no paper mentions it.
+    the scores of the points; MSCL's account of it does not mention this.
 
     Args:
         scores: per query, (T,) non-negative.

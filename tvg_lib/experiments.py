@@ -42,6 +42,7 @@ class GroundingRecipe:
         videos_per_batch, queries_per_video, crop: of the batches.
         grid: which points answer for which moments.
         decoding: from points to ranked moments, in validation and in the test.
+        ks, thresholds: ranks and IoU of the recalls that are reported.
     """
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -50,6 +51,8 @@ class GroundingRecipe:
     crop: Crop | None = None
     grid: PointGrid = field(default_factory=PointGrid)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    ks: tuple[int, ...] = (1, 5)
+    thresholds: tuple[float, ...] = (0.3, 0.5, 0.7)
 
     def with_seed(self, seed: int) -> "GroundingRecipe":
         """The same recipe from another seed."""
@@ -92,9 +95,14 @@ class GroundingTest:
     record: RunRecord
 
 
-def grounding_metrics(predictions: Sequence[Prediction], dataset: GroundingDataset) -> MetricReport:
-    """Recall@{1, 5} at IoU 0.3, 0.5, 0.7, mean IoU, and QVHighlights' moment metrics."""
-    recall = recall_report(predictions, dataset)
+def grounding_metrics(
+    predictions: Sequence[Prediction],
+    dataset: GroundingDataset,
+    ks: Sequence[int] = (1, 5),
+    thresholds: Sequence[float] = (0.3, 0.5, 0.7),
+) -> MetricReport:
+    """Recall@K at IoU thresholds, mean IoU, and QVHighlights' moment metrics."""
+    recall = recall_report(predictions, dataset, ks, thresholds)
     official = qvhighlights_report(predictions, dataset)
     return MetricReport(
         recall.query_ids,
@@ -143,7 +151,10 @@ def train_grounder(
         paths.runs(scale) / "train" / f"{method}-{variant}-seed{seed}-{key}",
         validate=lambda candidate: (
             grounding_metrics(
-                ground(candidate, validation_set, recipe.decoding, recipe.grid), validation_set
+                ground(candidate, validation_set, recipe.decoding, recipe.grid),
+                validation_set,
+                recipe.ks,
+                recipe.thresholds,
             ).values
         ),
         key=key,
@@ -180,7 +191,8 @@ def evaluate_grounder(
         trained.recipe.grid,
         external=None if external is None else external.of(test_set),
     )
-    report = grounding_metrics(predictions, test_set)
+    recipe = trained.recipe
+    report = grounding_metrics(predictions, test_set, recipe.ks, recipe.thresholds)
     record = new_record(
         trained.method,
         test_set.name,

@@ -12,8 +12,11 @@ are).
         modules=["tvg_lib.recipes"],
     )
 
-Known differences: the released ActivityNet run gives its text encoder a tenth of the learning rate,
-and MAD adds the gradients of two micro-batches inside one loss norm; the loop here does neither.
+Known differences from the released loop: ActivityNet's text encoder has a tenth of the learning
+rate there, and one random group of queries per video and epoch (here all are asked); MAD adds the
+gradients of two micro-batches inside one loss norm; incomplete last batches are left out there;
+words beyond `max_words` are cut in training there; the margin of a crop is half a clip there, half
+a step here. As there, the last weights are kept, not the best (`select_by` is None).
 """
 
 from collections.abc import Callable
@@ -76,6 +79,8 @@ MAD = ReleasedRecipe(
         16,
         Crop(8192, (0.9, 1.0)),
         decoding=DecodingConfig(pre_top_k=200, keep=50),
+        ks=(1, 5, 10, 50),
+        thresholds=(0.1, 0.3, 0.5),
     ),
     partial(DetectionObjective, regression=diou_loss, norm_start=250),
 )

@@ -25,7 +25,6 @@ from tvg_lib.errors import DataError
 from tvg_lib.fingerprint import code_fingerprint
 from tvg_lib.metrics import Estimate
 
-LINUX = hasattr(os, "sched_getaffinity")  # the cores this process may use, not those there are
 PACKAGES = (
     "torch",
     "numpy",

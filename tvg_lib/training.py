@@ -127,7 +127,7 @@ class Plan(Protocol):
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train. The defaults are SnAG's released TACoS recipe.
+    """How to train. The defaults are SnAG's released TACoS recipe, but for `ema_warmup`.
 
     Attributes:
         epochs: all epochs, those of the warm-up included (released configurations give

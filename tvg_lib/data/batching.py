@@ -1,7 +1,7 @@
 """From a data set to padded batches: video-centric, seeded, and without state.
 
 Each batch holds a few videos and several queries of each, so that a video is encoded once for all
-of its queries (SnAG, section 3.3). Every random choice is drawn from a generator seeded by
+of its queries, as SnAG trains. Every random choice is drawn from a generator seeded by
 (seed, epoch) or (seed, epoch, first query): training can stop after any step and resume exactly,
 and a crop is the same however many processes share a batch.
 """
@@ -183,7 +183,8 @@ class BatchPlan:
         samples = []
         for video_id in self.dataset.videos:
             positions = rng.permutation(self.dataset.positions_of(video_id))
-            samples.extend(_samples(video_id, positions, self.queries_per_video))
+            for group in self._groups(video_id, positions):
+                samples.extend(_samples(video_id, group, self.queries_per_video))
         order = rng.permutation(len(samples))
         size = self.videos_per_batch
         batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -193,6 +194,31 @@ class BatchPlan:
             BatchSpec(epoch, number, tuple(samples[i] for i in batch))
             for number, batch in enumerate(batches)
         ]
+
+    def _groups(self, video_id: str, positions: np.ndarray) -> list[np.ndarray]:
+        """Queries that may be asked together: of a video longer than a crop, those of one stretch.
+
+        Groups are formed greedily by the start of the first moment. Queries drawn from all over an
+        hour would find no window that holds them, and most would be dropped.
+        """
+        if self.crop is None or len(positions) == 0:
+            return [positions]
+        video = self.dataset.videos[video_id]
+        if video.duration <= self.crop.max_clips * video.grid.step:
+            return [positions]
+        moments = [self.dataset.queries[i].moments for i in positions]
+        starts = np.array([m[:, 0].min() for m in moments])
+        ends = np.array([m[:, 1].max() for m in moments])
+        reach = (self.crop.max_clips - 1) * video.grid.step
+        waiting = np.argsort(starts, kind="stable").tolist()
+        groups = []
+        while waiting:
+            first = waiting[0]  # alone, where its moment is longer than the window
+            near = [i for i in waiting if i == first or ends[i] <= starts[first] + reach]
+            group = set(near[: self.queries_per_video])
+            groups.append(positions[sorted(group)])
+            waiting = [i for i in waiting if i not in group]
+        return groups
 
     def load(self, spec: BatchSpec) -> GroundingBatch:
         """Read the features of one step, crop and pad them."""

@@ -172,6 +172,8 @@ class GroundingDataset:
             digest.update(repr((query.id, query.video_id, query.text)).encode())
             digest.update(np.ascontiguousarray(query.moments, dtype=np.float64).tobytes())
             digest.update(np.ascontiguousarray(self.text_features[query.id]).tobytes())
+            if self.sentence_features is not None:
+                digest.update(np.ascontiguousarray(self.sentence_features[query.id]).tobytes())
             if query.saliency is not None:
                 digest.update(np.ascontiguousarray(query.saliency.clips).tobytes())
                 digest.update(np.ascontiguousarray(query.saliency.scores).tobytes())

@@ -77,7 +77,7 @@ class CrossAttentionBlock(nn.Module):
 
 
 class LateFusion(nn.Module):
-    """A stack of cross-attention blocks and a closing layer norm (SnAG, section 3.2)."""
+    """A stack of cross-attention blocks and a closing layer norm (SnAG)."""
 
     def __init__(
         self,
