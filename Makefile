@@ -50,7 +50,7 @@ lab: $(VENV)/installed ## open JupyterLab on the notebooks
 test: ## fresh environment, unit tests, notebook rules, all notebooks compared cell by cell
 	$(PYTHON) -m venv --clear $(TEST_VENV)
 	$(TEST_VENV)/bin/python -m pip install -q -c constraints.txt -e '.[test]'
-	$(if $(MAMBA_SSM),MAMBA_SKIP_CUDA_BUILD=TRUE $(TEST_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps '$(MAMBA_SSM)' triton einops)
+	$(if $(MAMBA_SSM),MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(TEST_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps '$(MAMBA_SSM)' triton einops)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest notebooks tests $(NBVAL) -rs -n $(JOBS) --dist loadscope
 
 unit: $(VENV)/installed ## unit tests and notebook rules in the everyday environment

@@ -26,6 +26,7 @@ from tvg_lib.losses.contrastive import ContrastiveProjector, anchor_contrast, se
 from tvg_lib.losses.detection import diou_loss, focal_loss, iou_loss
 from tvg_lib.models.snag import SnAG
 from tvg_lib.nn.points import PointGrid
+from tvg_lib.ssm import Hydra, Mamba
 
 MODEL_TOLERANCE, LAYER_TOLERANCE = 2e-4, 1e-5
 
@@ -207,6 +208,17 @@ def _projector(case: Case, kind: str) -> ContrastiveProjector:
     return projector
 
 
+def _is_layer(case: Case) -> bool:
+    return {"w.A_log", "x", "y"} <= set(case.tensors)
+
+
+def _layer(case: Case) -> Iterator[Check]:
+    kind = Hydra if "w.fc_D.weight" in case.tensors else Mamba
+    layer = kind(**case.description["config"]).eval()
+    layer.load_state_dict(case.weights)
+    yield _compare(case, "y", layer(case.tensors["x"]), case.tensors["y"], LAYER_TOLERANCE)
+
+
 def _points_and_suppression(case: Case) -> Iterator[Check]:
     theirs = case.tensors["points"]
     strides, lengths = theirs[:, 3].unique(return_counts=True)
@@ -241,6 +253,7 @@ def _points_and_suppression(case: Case) -> Iterator[Check]:
 
 _KINDS: list[tuple[Callable[[Case], bool], Callable[[Case], Iterator[Check]]]] = [
     (_is_snag, _snag),
+    (_is_layer, _layer),
     (lambda case: "focal.logits" in case.tensors, _losses),
     (lambda case: "nms.segs" in case.tensors, _points_and_suppression),
 ]
