@@ -638,14 +638,14 @@ def test_two_at_once_in_one_folder(tmp_path, uninterrupted):
 
     def slow(model):
         inside.set()
-        assert go_on.wait(30)
+        assert go_on.wait(300)
         return score(model)
 
     first = threading.Thread(
         target=lambda: results.append(train(*modules(), plan(), CONFIG, tmp_path, slow))
     )
     first.start()
-    assert inside.wait(30)
+    assert inside.wait(300)
     second = start("wait", str(tmp_path))
     for line in second.stderr:
         if "waiting for another process" in line:
