@@ -123,8 +123,9 @@ class SinusoidalPositions(nn.Module):
         super().__init__()
         self.max_length = max_length
         self.stretch_over_padding = stretch_over_padding
-        frequencies = 10000.0 ** -torch.linspace(0, 1, channels // 2 + 1)[:-1]
-        angles = torch.arange(max_length)[:, None] * frequencies
+        # On the CPU whatever the default device: a model built on "meta" keeps its codes.
+        frequencies = 10000.0 ** -torch.linspace(0, 1, channels // 2 + 1, device="cpu")[:-1]
+        angles = torch.arange(max_length, device="cpu")[:, None] * frequencies
         table = torch.cat([angles.sin(), angles.cos()], dim=1) / math.sqrt(channels)
         self.register_buffer("table", table, persistent=False)
 
