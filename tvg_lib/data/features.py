@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from tvg_lib import paths
 from tvg_lib.errors import DataError
 from tvg_lib.moments import TimeGrid
 
@@ -536,7 +537,7 @@ def pack(
         replaced = check_id(json.loads(index.read_text(encoding="utf-8"))["rows"])
     except (OSError, ValueError, KeyError, TypeError):
         replaced = rows_name  # no store was here before
-    _write_atomically(
+    paths.write_text(
         index,
         json.dumps(
             {
@@ -564,17 +565,6 @@ def _write_header(file: Any, rows: int, dim: int, dtype: type[np.floating]) -> i
         file, {"descr": description, "fortran_order": False, "shape": (rows, dim)}
     )
     return file.tell()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 class _View:
