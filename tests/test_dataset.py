@@ -1,5 +1,7 @@
 """The one in-memory data set: what it refuses, what it gives, and when features are read."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -146,6 +148,25 @@ def test_a_split_is_by_video_and_repeatable(count, fraction, seed):
     for part in (kept, held):
         assert {q.video_id for q in part.queries} == set(part.videos)
     assert list(whole.split(fraction, seed)[1].videos) == list(held.videos)
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=2, max_size=12), seed=st.integers(0, 99))
+def test_a_split_keeps_recordings_whole(sizes, seed):
+    names = {f"v{r}-{i}": f"r{r}" for r, size in enumerate(sizes) for i in range(size)}
+    plain = dataset(dict.fromkeys(names, 10), [query(f"q-{key}", key, (0, 4)) for key in names])
+    whole = replace(
+        plain, videos={key: replace(v, recording=names[key]) for key, v in plain.videos.items()}
+    )
+    assert whole.fingerprint == plain.fingerprint  # a model does not see it
+    try:
+        kept, held = whole.split(0.3, seed)
+    except DataError:  # a recording so large that nothing remains
+        assert max(sizes) > 0.5 * len(names)
+        return
+    sides = [{video.recording for video in part.videos.values()} for part in (kept, held)]
+    assert not sides[0] & sides[1]
+    assert {whole.recording_of(q) for q in held.queries} == sides[1]
+    assert len(held.videos) < round(0.3 * len(names)) + max(sizes)
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])

@@ -41,6 +41,36 @@ def test_matches_a_plain_loop_over_resamples():
     assert estimate.high == pytest.approx(high, abs=0.015)
 
 
+def test_groups_are_drawn_whole():
+    rng = np.random.default_rng(4)
+    groups = rng.integers(30, size=200)
+    values = rng.normal(size=200) + 2 * rng.normal(size=30)[groups]
+    values[:20] = np.nan
+    estimate = bootstrap(values, groups=groups.tolist(), resamples=2000, confidence=0.9)
+    members = [values[groups == group] for group in np.unique(groups)]
+    means = [
+        np.nanmean(np.concatenate([members[i] for i in rng.integers(len(members), size=30)]))
+        for _ in range(2000)
+    ]
+    low, high = np.quantile(means, [0.05, 0.95])
+    assert estimate.value == pytest.approx(np.nanmean(values))
+    assert estimate.n == 180
+    assert estimate.low == pytest.approx(low, abs=0.06)
+    assert estimate.high == pytest.approx(high, abs=0.06)
+
+
+def test_copies_of_a_query_are_no_more_evidence():
+    values = np.random.default_rng(5).normal(size=50)
+    once = bootstrap(values)
+    copied = bootstrap(np.repeat(values, 8), groups=np.repeat(np.arange(50), 8).tolist())
+    assert (copied.low, copied.high) == pytest.approx((once.low, once.high))
+    assert bootstrap(np.repeat(values, 8)).high < once.high
+    difference = paired_bootstrap(values, -values, groups=list(range(50)))
+    assert difference == paired_bootstrap(values, -values)
+    with pytest.raises(DataError, match="found 49 for 50 queries"):
+        bootstrap(values, groups=list(range(49)))
+
+
 def test_interval_covers_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     estimates = [

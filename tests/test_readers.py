@@ -737,3 +737,30 @@ def test_grids_need_frame_rates(annotations, tmp_path):
     snag = read_snag(write(tmp_path / "s.json", {"database": {"v1": SNAG_VIDEO}}))
     assert snag.grids(16, 4) == {"v1": TimeGrid(16, 4, 30)}
     assert snag.restrict([]).fps == {}
+
+
+def test_videos_of_one_recording_are_known(tmp_path):
+    path = tmp_path / "val.jsonl"
+    names = ["-aB_c_60.0_210.0", "-aB_c_210.0_360.0", "film_01", "NUsG9BgSes0_210_360"]
+    path.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "qid": number,
+                    "query": "a dog",
+                    "vid": name,
+                    "duration": 150,
+                    "relevant_windows": [[0, 2]],
+                }
+            )
+            + "\n"
+            for number, name in enumerate(names)
+        )
+    )
+    found = read_qvhighlights(path)
+    assert found.recordings == {
+        names[0]: "-aB_c",
+        names[1]: "-aB_c",
+        names[3]: "NUsG9BgSes0",
+    }
+    assert found.restrict(names[2:]).recordings == {names[3]: "NUsG9BgSes0"}

@@ -1,6 +1,7 @@
 """From predictions and a data set to the metrics of the field."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tvg_lib.data.dataset import GroundingDataset, Query
@@ -21,13 +22,14 @@ def recall_report(
         DataError: predictions and queries do not correspond.
     """
     by_id = _matched(predictions, dataset)
-    return recall_at_k(
+    report = recall_at_k(
         [by_id[query.id].moments for query in dataset.queries],
         [query.moments for query in dataset.queries],
         ks=ks,
         thresholds=thresholds,
         query_ids=[query.id for query in dataset.queries],
     )
+    return replace(report, groups=_recordings(dataset))
 
 
 def qvhighlights_report(
@@ -39,10 +41,16 @@ def qvhighlights_report(
         DataError: predictions and queries do not correspond.
     """
     by_id = _matched(predictions, dataset)
-    return evaluate(
+    report = evaluate(
         [submission_entry(by_id[query.id]) for query in dataset.queries],
         [_annotation(query, dataset.videos[query.video_id].duration) for query in dataset.queries],
     )
+    return replace(report, groups=_recordings(dataset))
+
+
+def _recordings(dataset: GroundingDataset) -> tuple[str, ...]:
+    """What each query is about: queries of one recording are no independent evidence."""
+    return tuple(dataset.recording_of(query) for query in dataset.queries)
 
 
 def submission_entry(prediction: Prediction) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def grounding_metrics(
         recall.query_ids,
         recall.values | official.values,
         recall.contributions | official.contributions,
+        groups=recall.groups,
     )
 
 

@@ -16,11 +16,20 @@ from tvg_lib.moments import TimeGrid
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """A video of a data set: its length in seconds and the grid its features lie on."""
+    """A video of a data set.
+
+    Attributes:
+        id: unique in its data set.
+        duration: seconds.
+        grid: where its features lie in time.
+        recording: what the video was cut from, where several are cut from one; None stands for a
+            recording of its own. Such videos are neither split from each other nor independent.
+    """
 
     id: str
     duration: float
     grid: TimeGrid
+    recording: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not (isfinite(self.duration) and self.duration > 0):
@@ -193,7 +202,7 @@ class GroundingDataset:
         )
 
     def split(self, fraction: float, seed: int) -> tuple["GroundingDataset", "GroundingDataset"]:
-        """Hold `fraction` of the videos out, by video, so that no video is on both sides.
+        """Hold about `fraction` of the videos out; no recording is on both sides.
 
         Returns:
             (kept, held out)
@@ -203,18 +212,28 @@ class GroundingDataset:
         """
         if not 0 < fraction < 1:
             raise DataError(f"the held-out fraction lies between 0 and 1, found {fraction}")
-        ids = sorted(self.videos)
-        order = np.random.default_rng(seed).permutation(len(ids))
-        count = max(1, round(fraction * len(ids)))
-        if count >= len(ids):
+        recordings: dict[str, list[str]] = {}
+        for video in sorted(self.videos.values(), key=lambda video: video.id):
+            recordings.setdefault(video.recording or video.id, []).append(video.id)
+        count = max(1, round(fraction * len(self.videos)))
+        held: list[str] = []
+        for name in np.random.default_rng(seed).permutation(sorted(recordings)):
+            if len(held) >= count:
+                break
+            held += recordings[name]
+        if len(held) == len(self.videos):
             raise DataError(
-                f"{self.name}: holding {fraction} of {len(ids)} videos out leaves none to train on"
+                f"{self.name}: holding {fraction} of {len(self.videos)} videos out "
+                f"({len(recordings)} recordings) leaves none to train on"
             )
-        held = {ids[i] for i in order[:count]}
         return (
-            self.subset(set(ids) - held, f"{self.name}-train"),
+            self.subset(self.videos.keys() - held, f"{self.name}-train"),
             self.subset(held, f"{self.name}-held"),
         )
+
+    def recording_of(self, query: Query) -> str:
+        """The recording that a query is about."""
+        return self.videos[query.video_id].recording or query.video_id
 
     def clips(self, video_id: str) -> np.ndarray:
         """(T, C) clip features of a video, checked against its grid and duration.

@@ -24,8 +24,9 @@ name, NaN, a missing field. Errors name file and line or video.
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from os import PathLike
 from pathlib import Path
@@ -103,6 +104,7 @@ class Annotations:
         queries: in the order of the file, with moments in seconds.
         tally: what the reader kept, changed and left out.
         fps: frames per second by video id, where the file gives them.
+        recordings: what a video was cut from, by video id, where that is known.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Annotations:
     queries: tuple[Query, ...]
     tally: Tally
     fps: Mapping[str, float] = field(default_factory=dict)
+    recordings: Mapping[str, str] = field(default_factory=dict)
 
     def restrict(self, video_ids: Iterable[str]) -> "Annotations":
         """The annotations of some of the videos, e.g. of those that features exist for."""
@@ -120,6 +123,7 @@ class Annotations:
             tuple(query for query in self.queries if query.video_id in keep),
             self.tally,
             {key: fps for key, fps in self.fps.items() if key in keep},
+            {key: name for key, name in self.recordings.items() if key in keep},
         )
 
     def grids(self, clip_size: float, stride: float) -> dict[str, TimeGrid]:
@@ -183,7 +187,12 @@ def join(
                 f"{name}: {len(missing)} of its {what} are missing from {holds}, e.g. {missing[:3]}"
             )
     videos = {
-        key: Video(key, duration, grid if isinstance(grid, TimeGrid) else grid[key])
+        key: Video(
+            key,
+            duration,
+            grid if isinstance(grid, TimeGrid) else grid[key],
+            annotations.recordings.get(key),
+        )
         for key, duration in annotations.videos.items()
     }
     return GroundingDataset(
@@ -206,6 +215,9 @@ def durations_from_features(
 
 
 # Reading -------------------------------------------------------------------------------------
+
+# A video of QVHighlights is named after its recording and the seconds it was cut from.
+_CUT = re.compile(r"(.+)_\d+(?:\.\d+)?_\d+(?:\.\d+)?")
 
 
 def read_snag(
@@ -287,7 +299,7 @@ def read_qvhighlights(
     "relevant_clip_ids": [...], "saliency_scores": [[one an annotator], ...]}`, in seconds and
     2-second clips. Without `relevant_windows` (the official test file) queries have no moments;
     without the saliency fields (lighthouse's TACoS and Charades-STA) no saliency. Query ids become
-    strings.
+    strings. A video called `NAME_START_END` was cut from the recording NAME.
 
     Raises:
         DataError: see the module; also where a video's lines disagree on its duration, or where a
@@ -311,7 +323,9 @@ def read_qvhighlights(
             windows=None if windows is None else _list(windows, f"{where}: 'relevant_windows'"),
             saliency=_saliency(entry, duration, where),
         )
-    return builder.finish()
+    annotations = builder.finish()
+    cuts = {key: _CUT.fullmatch(key) for key in annotations.videos}
+    return replace(annotations, recordings={key: cut[1] for key, cut in cuts.items() if cut})
 
 
 def _saliency(entry: Mapping[str, Any], duration: float, where: str) -> Saliency | None:

@@ -15,9 +15,8 @@ from tvg_lib.data.dataset import GroundingDataset, Query
 from tvg_lib.data.features import ArrayStore
 from tvg_lib.encoders.sentence import MiniLM, SentenceEncoder
 
-# Of the videos of QVH-captions' val, for model selection. Held out by video: several videos are cut
-# from one recording, so most held-out videos have a relative in training, and selection is a little
-# optimistic. The test split shares no recording with val.
+# Of the videos of QVH-captions' val, for model selection: whole recordings, of which several videos
+# may be cut. The test split shares no recording with val.
 HELD_OUT = 0.15
 SPLIT_SEED = 0
 
@@ -30,8 +29,8 @@ def has_real_data(scale: str) -> bool:
 def benchmark(scale: str) -> dict[str, GroundingDataset]:
     """The data of a scale: "train", "val" (for model selection) and "test".
 
-    Of QVH-captions the published val split is divided, by video, into train and val; the first call
-    on a machine embeds all captions, which takes some minutes.
+    Of QVH-captions the published val split is divided, by recording, into train and val; the first
+    call on a machine embeds all captions, which takes some minutes.
     """
     if not has_real_data(scale):
         return {split: planted.planted(split) for split in planted.SPLITS}

@@ -4,11 +4,15 @@ Every metric of this package is a mean of one number per query, so one routine s
 query that does not count for a metric (for example one without a short moment, for the short-moment
 mAP) carries NaN there; a resample then averages over those of its queries that do count.
 
-Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), sections 13.3 (percentile
-interval) and 16.4 (paired data are resampled as pairs).
+Queries about one recording are not independent. Given the recording of each query as its group,
+whole groups are drawn, which makes the intervals as wide as they should be.
+
+Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), sections 13.3 (percentile
+interval) and 16.4 (paired data are resampled as pairs); Davison and Hinkley, Bootstrap Methods and
+their Application (1997), section 3.8 (groups are resampled whole).
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -44,21 +48,31 @@ class Estimate:
 
 
 def bootstrap(
-    per_query: ArrayLike, *, resamples: int = 1000, seed: int = 0, confidence: float = 0.95
+    per_query: ArrayLike,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
 ) -> Estimate:
     """Mean of one number per query, with its percentile bootstrap interval.
 
     Args:
         per_query: (Q,) one number per query, NaN where the query does not count.
-        resamples: how many times the Q queries are drawn anew, with replacement.
-        seed: seed of the draws; the same seed and Q give the same draws.
+        groups: (Q,) what each query belongs to; None takes every query for itself.
+        resamples: how many times as many groups as there are are drawn, with replacement.
+        seed: seed of the draws; the same seed and number of groups give the same draws.
         confidence: probability mass of the interval, in (0, 1).
 
     Raises:
         DataError: no query, not one-dimensional, infinite numbers, or bad settings.
     """
     estimates = bootstrap_many(
-        {"per_query": per_query}, resamples=resamples, seed=seed, confidence=confidence
+        {"per_query": per_query},
+        groups=groups,
+        resamples=resamples,
+        seed=seed,
+        confidence=confidence,
     )
     return estimates["per_query"]
 
@@ -66,6 +80,7 @@ def bootstrap(
 def bootstrap_many(
     per_query: Mapping[str, ArrayLike],
     *,
+    groups: Sequence[Hashable] | None = None,
     resamples: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
@@ -74,6 +89,7 @@ def bootstrap_many(
 
     Args:
         per_query: name -> (Q,) one number per query, NaN where the query does not count.
+        groups: (Q,) what each query belongs to.
 
     Raises:
         DataError: as `bootstrap`; also when the arrays differ in length.
@@ -93,7 +109,8 @@ def bootstrap_many(
 
     X = np.stack(list(columns.values()), axis=1)  # (Q, M)
     counted = np.isfinite(X)
-    means = _resampled_means(np.where(counted, X, 0.0), counted, resamples, seed)
+    group = _group_numbers(groups, len(X))
+    means = _resampled_means(np.where(counted, X, 0.0), counted, group, resamples, seed)
     tail = (1 - confidence) / 2
     estimates = {}
     for m, name in enumerate(columns):
@@ -112,6 +129,7 @@ def paired_bootstrap(
     first: ArrayLike,
     second: ArrayLike,
     *,
+    groups: Sequence[Hashable] | None = None,
     resamples: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
@@ -125,6 +143,7 @@ def paired_bootstrap(
     Args:
         first: (Q,) one number per query, NaN where the query does not count.
         second: (Q,) the other system's, in the same order of queries.
+        groups: (Q,) what each query belongs to.
 
     Raises:
         DataError: as `bootstrap`; also when the two differ in length or in which queries count.
@@ -135,7 +154,7 @@ def paired_bootstrap(
     if (np.isnan(a) != np.isnan(b)).any():
         index = int(np.flatnonzero(np.isnan(a) != np.isnan(b))[0])
         raise DataError(f"query {index} counts for one of the two paired systems only")
-    return bootstrap(a - b, resamples=resamples, seed=seed, confidence=confidence)
+    return bootstrap(a - b, groups=groups, resamples=resamples, seed=seed, confidence=confidence)
 
 
 def _checked(values: ArrayLike, name: str) -> np.ndarray:
@@ -147,18 +166,36 @@ def _checked(values: ArrayLike, name: str) -> np.ndarray:
     return array
 
 
-def _resampled_means(X: np.ndarray, counted: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """(Q, M) numbers and which of them count -> (resamples, M) means, NaN where none counts."""
-    Q = len(X)
+def _group_numbers(groups: Sequence[Hashable] | None, Q: int) -> np.ndarray:
+    """(Q,) the number of each query's group, in order of first appearance."""
+    if groups is None:
+        return np.arange(Q)
+    if len(groups) != Q:
+        raise DataError(f"every query needs a group, found {len(groups)} for {Q} queries")
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    return np.array([number[group] for group in groups])
+
+
+def _resampled_means(
+    X: np.ndarray, counted: np.ndarray, group: np.ndarray, resamples: int, seed: int
+) -> np.ndarray:
+    """(Q, M) numbers, which of them count and the group of each query -> (resamples, M) means.
+
+    NaN where no query of a resample counts.
+    """
+    G = int(group.max()) + 1
+    sums, sizes = np.zeros((G, X.shape[1])), np.zeros((G, X.shape[1]))
+    np.add.at(sums, group, X)
+    np.add.at(sizes, group, counted)
     rng = np.random.default_rng(seed)
-    block = max(1, _BLOCK_ENTRIES // Q)
+    block = max(1, _BLOCK_ENTRIES // G)
     means = []
     for start in range(0, resamples, block):
         B = min(block, resamples - start)
-        # How often each query was drawn is all a mean needs: two matrix products serve M metrics.
-        drawn = rng.integers(Q, size=(B, Q)) + Q * np.arange(B)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=B * Q).reshape(B, Q).astype(np.float64)
-        totals, numbers = weights @ X, weights @ counted.astype(np.float64)
+        # How often each group was drawn is all a mean needs: two matrix products serve M metrics.
+        drawn = rng.integers(G, size=(B, G)) + G * np.arange(B)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=B * G).reshape(B, G).astype(np.float64)
+        totals, numbers = weights @ sums, weights @ sizes
         means.append(
             np.divide(totals, numbers, out=np.full_like(totals, np.nan), where=numbers > 0)
         )

@@ -1,7 +1,7 @@
 """What every metric of this package returns: values, and the per-query numbers behind them."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 
 import numpy as np
@@ -19,11 +19,14 @@ class MetricReport:
         values: metric name -> percentage over all queries, not rounded; NaN if no query counts.
         contributions: metric name -> (Q,) percentage of each query, NaN where the query does not
             count; its mean over the queries that count is the value.
+        groups: (Q,) what each query belongs to, such as the recording it is about; intervals draw
+            groups whole. None takes the queries for independent.
     """
 
     query_ids: tuple[Hashable, ...]
     values: dict[str, float]
     contributions: dict[str, np.ndarray]
+    groups: tuple[Hashable, ...] | None = field(default=None, kw_only=True)
 
     def brief(self, digits: int = 2) -> dict[str, float]:
         """The values, rounded as they are printed."""
@@ -32,9 +35,13 @@ class MetricReport:
     def estimates(
         self, *, resamples: int = 1000, seed: int = 0, confidence: float = 0.95
     ) -> dict[str, Estimate]:
-        """Every metric with its bootstrap interval over queries; see `bootstrap`."""
+        """Every metric with its bootstrap interval; see `bootstrap`."""
         estimates = bootstrap_many(
-            self.contributions, resamples=resamples, seed=seed, confidence=confidence
+            self.contributions,
+            groups=self.groups,
+            resamples=resamples,
+            seed=seed,
+            confidence=confidence,
         )
         return {name: replace(e, value=self.values[name]) for name, e in estimates.items()}
 
@@ -66,6 +73,7 @@ class MetricReport:
             name: paired_bootstrap(
                 mine,
                 other.contributions[name][order],
+                groups=self.groups,
                 resamples=resamples,
                 seed=seed,
                 confidence=confidence,
