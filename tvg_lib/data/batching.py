@@ -32,6 +32,8 @@ class GroundingBatch:
         moment_mask: (Q, M) True on real moments.
         video_ids, query_ids: names, for messages and predictions.
         grids, durations: of each video, to go back to seconds; a crop moves its grid's offset.
+        sentence: (Q, C) one vector per query in the space of the clips; None where the data set has
+            none.
     """
 
     video: Tensor
@@ -45,6 +47,7 @@ class GroundingBatch:
     query_ids: tuple[str, ...]
     grids: tuple[TimeGrid, ...]
     durations: tuple[float, ...]
+    sentence: Tensor | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "GroundingBatch":
         """The batch on a device; features (not times) in `dtype` where one is given."""
@@ -52,6 +55,7 @@ class GroundingBatch:
             self,
             video=self.video.to(device, dtype),
             text=self.text.to(device, dtype),
+            sentence=None if self.sentence is None else self.sentence.to(device, dtype),
             video_mask=self.video_mask.to(device),
             text_mask=self.text_mask.to(device),
             query_video=self.query_video.to(device),
@@ -314,6 +318,11 @@ def _collate(dataset: GroundingDataset, items: Sequence[_Item]) -> GroundingBatc
     text, text_mask = pad([dataset.text_features[query.id] for query in queries])
     moments, moment_mask = pad([m for item in items for m in item.moments])
     counts = torch.tensor([len(item.queries) for item in items])
+    sentences = dataset.sentence_features
+    sentence = None
+    if sentences is not None:
+        vectors = np.concatenate([sentences[query.id] for query in queries])
+        sentence = torch.from_numpy(vectors.astype(np.float32))
     return GroundingBatch(
         video=video,
         video_mask=video_mask,
@@ -326,6 +335,7 @@ def _collate(dataset: GroundingDataset, items: Sequence[_Item]) -> GroundingBatc
         query_ids=tuple(query.id for query in queries),
         grids=tuple(item.grid for item in items),
         durations=tuple(dataset.videos[item.video_id].duration for item in items),
+        sentence=sentence,
     )
 
 
