@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from tvg_lib import checkpoints
+from tvg_lib import paths
 from tvg_lib.data.batching import BatchPlan, BatchSpec, Crop, GroundingBatch
 from tvg_lib.data.dataset import GroundingDataset, Query, Video
 from tvg_lib.data.planted import PlantedConfig, planted
@@ -233,7 +233,7 @@ def main(command: str, target: str, *options: str) -> None:
     if command == "train":
         run(Path(target), SlowPlan(dataset(), 3, 2, pause=float(options[0])))
     elif command == "torn":
-        replace, written = checkpoints.os.replace, []
+        replace, written = paths.os.replace, []
 
         def torn(source: Path, destination: Path) -> None:
             written.append(destination)
@@ -243,7 +243,7 @@ def main(command: str, target: str, *options: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             replace(source, destination)
 
-        checkpoints.os.replace = torn
+        paths.os.replace = torn
         run(Path(target))
     elif command == "wait":
         print("loaded" if run(Path(target)).loaded else "trained")

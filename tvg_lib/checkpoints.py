@@ -6,7 +6,6 @@ byte.
 """
 
 import json
-import os
 import random
 import zlib
 from collections.abc import Iterator, Mapping
@@ -20,14 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tvg_lib import paths
 from tvg_lib.errors import DataError
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file in one step: a reader, or a kill, finds the old content or the new one."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(data)
-    _put(temporary, path)
+    with paths.replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -45,9 +44,8 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, A
         name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()
     }
     header = {"state": json.dumps(state), "crc32": str(_checksum(plain))}
-    temporary = path.with_name(path.name + ".part")
-    save_file(plain, temporary, metadata=header)
-    _put(temporary, path)
+    with paths.replacing(path) as temporary:
+        save_file(plain, temporary, metadata=header)
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -133,10 +131,3 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
         value = zlib.crc32(name.encode(), value)
         value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), value)
     return value
-
-
-def _put(temporary: Path, path: Path) -> None:
-    """Move a complete file into place; synced first, so that a power cut leaves no hollow one."""
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -13,6 +13,8 @@ Environment variables: `TVG_ROOT` (the checkout, when the package is installed e
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
@@ -83,17 +85,30 @@ def data() -> Path | None:
     return folder.resolve()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Write a file whole or not at all: a reader, or a kill, finds the old content or the new one.
+
+    Yields a temporary file in the folder of `target` (made if need be) and with its ending. It
+    takes the name of `target` only if the block ends well, and is synced first, so that a power cut
+    leaves no hollow file.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-", suffix=f"-{target.name}")
+    os.close(handle)
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        yield temporary
         # mkstemp makes private files; a committed record is an ordinary one.
-        temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        temporary.replace(path)
-    except BaseException:
+        temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o644)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; makes its folder."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -364,6 +364,8 @@ def train(
         accelerator = stack.enter_context(_accelerator(config))
         if accelerator.is_main_process:
             stack.enter_context(_lock(run_dir))
+            for left in run_dir.glob(".part-*"):  # by a killed run
+                left.unlink()
         accelerator.wait_for_everyone()
         run = _Run(accelerator, model, objective, plan, config, run_dir, validate, key)
         if (run_dir / SUMMARY).exists():

@@ -11,10 +11,8 @@ sentences. They work in shards, so an interrupted run goes on where it stopped.
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -23,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
+from tvg_lib import paths
 from tvg_lib.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -294,7 +293,7 @@ def _embed_shards(
                 if not np.isfinite(rows).all():
                     raise DataError(f"{label}: the encoder gave a vector that is not finite")
                 lengths = np.array([len(vector) for vector in vectors], np.int64)
-                with _replacing(target) as temporary:
+                with paths.replacing(target) as temporary:
                     np.savez(temporary, rows=rows, lengths=lengths)
             bar.update(len(chosen))
 
@@ -309,10 +308,10 @@ def _assemble(
         with np.load(_shard_file(parts, start), allow_pickle=False) as shard:
             lengths[order[start : start + SHARD]] = shard["lengths"]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    with _replacing(offsets_file) as temporary:
+    with paths.replacing(offsets_file) as temporary:
         np.save(temporary, offsets)
     # The rows come last: their file is the sign that everything is there.
-    with _replacing(rows_file) as temporary:
+    with paths.replacing(rows_file) as temporary:
         packed = np.lib.format.open_memmap(
             temporary, mode="w+", dtype=np.float16, shape=(int(offsets[-1]), dim)
         )
@@ -323,14 +322,3 @@ def _assemble(
             for j, i in enumerate(order[start : start + SHARD]):
                 packed[offsets[i] : offsets[i + 1]] = rows[begin[j] : begin[j + 1]]
         packed.flush()
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary file beside `target` that takes its name only if the block ends well."""
-    temporary = target.with_name(f".{os.getpid()}-{target.name}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
