@@ -248,8 +248,12 @@ def to_predictions(
     scores: Tensor,
     batch: GroundingBatch,
     dataset: GroundingDataset,
+    saliency: Tensor | None = None,
 ) -> list[Prediction]:
-    """Ranked moments (Q, K, 2) in clips to predictions in seconds, cut to the video."""
+    """Ranked moments (Q, K, 2) in clips to predictions in seconds, cut to the video.
+
+    `saliency` (Q, T) scores clips, where a model does.
+    """
     moments, scores = moments.cpu().double(), scores.cpu().double()  # some devices lack float64
     predictions = []
     for row, query_id in enumerate(batch.query_ids):
@@ -259,12 +263,16 @@ def to_predictions(
         seconds = seconds.clamp(0, batch.durations[video])
         ranked = torch.cat([seconds, scores[row, real, None]], dim=1)
         query = dataset.query(query_id)
+        clips = None
+        if saliency is not None:
+            clips = saliency[row, batch.video_mask[video]].float().cpu().numpy()
         predictions.append(
             Prediction(
                 query_id,
                 query.video_id,
                 query.text,
                 ranked.numpy(),
+                clips,
                 truth=query.moments,
                 duration=batch.durations[video],
             )
