@@ -1,0 +1,561 @@
+"""A tiny dual encoder: windows of 64 x 64 frames and sentences in one space, CLIP's recipe at toy size.
+
+    frames (N, F, H, W, 3) ─▶ stem, temporal difference ─▶ conv ─▶ space-time conv ─▶ tokens ─┐
+                                                                        transformer ─▶ unit vector
+    words  (N, K)          ─▶ embedding, positions ─────────────────────────────────▶ tokens ─┘
+
+What a frame shows is not what happens: "grows" and "shrinks" share every single frame. The stem
+therefore also sees how each frame differs from the one before, and the convolution after it spans
+three frames.
+
+Training is CLIP's symmetric InfoNCE (Radford et al. 2021, figure 3), with one change. A generated
+world says the same thing twice within a batch, or in other words; such pairs are no negatives.
+Every sentence that is true of a window is a positive of it, and the positives share the target
+(Yang et al. 2022, "Unified Contrastive Learning", equation 2).
+
+    model = TinyDualEncoder(TinyConfig(), vocabulary)
+    result = train(model, ContrastiveObjective(), PairPlan(draw), TrainingConfig(...), run_dir)
+    model.save(path, recipe={...})
+    pair = TinyDualEncoder.load(path)
+    pair.video.encode(windows) @ pair.text.encode(["the red circle jumps"]).T
+"""
+
+import difflib
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tvg_lib.checkpoints import read_state, write_state
+from tvg_lib.distributed import reduce_sum
+from tvg_lib.errors import ConfigurationError, DataError
+
+FORMAT = "tvg-companion/tiny-dual-encoder/1"
+_WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Architecture, and the windows it looks at.
+
+    Attributes:
+        frames: frames of a window, evenly spaced, each in the middle of its share of the window.
+        size: height and width of a frame, a multiple of 16.
+        window, stride: length of a window and distance between the starts of neighbours, seconds.
+        channels: after the stem, the second and the third convolution; the last is the width of the
+            transformers too.
+        layers, text_layers: of the two transformers.
+        heads: of their attention.
+        dim: of the common space.
+        max_words: longest sentence.
+    """
+
+    frames: int = 8
+    size: int = 64
+    window: float = 2.0
+    stride: float = 1.0
+    channels: tuple[int, int, int] = (16, 48, 128)
+    layers: int = 2
+    text_layers: int = 2
+    heads: int = 4
+    dim: int = 128
+    max_words: int = 40
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))
+        if self.size % 16 or self.size < 16:
+            raise ConfigurationError(f"TinyConfig.size: a multiple of 16, found {self.size}")
+        if self.frames < 1 or self.max_words < 1:
+            raise ConfigurationError("TinyConfig: a window has frames and a sentence has words")
+        if not (self.window > 0 and self.stride > 0):
+            raise ConfigurationError("TinyConfig: window and stride are positive, in seconds")
+        if len(self.channels) != 3 or self.channels[-1] % self.heads:
+            raise ConfigurationError(
+                f"TinyConfig: three widths, the last shared by {self.heads} heads, found "
+                f"{self.channels}"
+            )
+
+
+def split_words(sentence: str) -> list[str]:
+    """Lower-case words without punctuation."""
+    return _WORD.findall(sentence.lower())
+
+
+def _transformer(config: TinyConfig, layers: int) -> nn.TransformerEncoder:
+    width = config.channels[-1]
+    layer = nn.TransformerEncoderLayer(
+        width,
+        config.heads,
+        4 * width,
+        dropout=0.0,
+        activation="gelu",
+        batch_first=True,
+        norm_first=True,
+    )
+    return nn.TransformerEncoder(
+        layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
+    )
+
+
+def _start(*shape: int) -> nn.Parameter:
+    return nn.Parameter(0.02 * torch.randn(*shape))
+
+
+def _weights_name(prefix: str, module: nn.Module, *more: object) -> str:
+    """A name that changes with any weight, so that cached features are never another encoder's."""
+    digest = hashlib.sha256(repr(more).encode())
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return f"{prefix}-{digest.hexdigest()[:16]}"
+
+
+class TinyFrames(nn.Module):
+    """The window encoder; a `tvg_lib.encoders.video.VideoEncoder`."""
+
+    BATCH = 64  # windows at a time in `encode`: some 100 MB of activations
+    resize = "fit"
+
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__()
+        self.config = config
+        first, second, third = config.channels
+        self.stem = nn.Conv2d(3, first, kernel_size=6, stride=4, padding=1)
+        self.second = nn.Conv2d(2 * first, second, kernel_size=3, stride=2, padding=1)
+        self.third = nn.Conv3d(second, third, kernel_size=3, stride=2, padding=1)
+        tokens = math.ceil(config.frames / 2) * (config.size // 16) ** 2
+        self.place = _start(tokens, third)
+        self.summary = _start(third)
+        self.norm = nn.LayerNorm(third)
+        self.transformer = _transformer(config, config.layers)
+        self.output = nn.Linear(third, config.dim, bias=False)
+
+    @property
+    def name(self) -> str:
+        """Names the weights."""
+        return _weights_name("tiny-frames", self, self.config)
+
+    @property
+    def dim(self) -> int:
+        """Width D of the common space."""
+        return self.config.dim
+
+    @property
+    def frames(self) -> int:
+        """Frames F of a window."""
+        return self.config.frames
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a frame."""
+        return self.config.size, self.config.size
+
+    @property
+    def window(self) -> float:
+        """Seconds of a window."""
+        return self.config.window
+
+    @property
+    def stride(self) -> float:
+        """Seconds between the starts of neighbouring windows."""
+        return self.config.stride
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Args: windows (N, F, H, W, 3) uint8. Returns (N, D) of length 1."""
+        count, frames = windows.shape[:2]
+        pixels = windows.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory: no copy
+        x = self.stem(pixels.to(self.stem.weight.dtype) / 127.5 - 1)
+        x = x.unflatten(0, (count, frames))
+        change = F.pad(x[:, 1:] - x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+        x = torch.cat([x, change], dim=2).flatten(0, 1)
+        x = F.gelu(self.second(F.gelu(x.contiguous(memory_format=torch.channels_last))))
+        x = self.third(x.unflatten(0, (count, frames)).transpose(1, 2))
+        x = self.norm(x.flatten(2).transpose(1, 2)) + self.place
+        x = torch.cat([self.summary.expand(count, 1, -1), x], dim=1)
+        return F.normalize(self.output(self.transformer(x)[:, 0]).float(), dim=-1)
+
+    @torch.inference_mode()
+    def encode(self, windows: np.ndarray) -> np.ndarray:
+        """(N, D) float32 unit vectors of windows (N, F, H, W, 3) uint8.
+
+        Raises:
+            DataError: windows of another shape or kind.
+        """
+        expected = (self.frames, *self.size, 3)
+        if windows.dtype != np.uint8 or windows.shape[1:] != expected:
+            raise DataError(
+                f"expected uint8 windows (N, {', '.join(map(str, expected))}), found "
+                f"{windows.dtype} {windows.shape}"
+            )
+        device = self.place.device
+        rows = [np.empty((0, self.dim), np.float32)]
+        for start in range(0, len(windows), self.BATCH):
+            part = torch.from_numpy(np.ascontiguousarray(windows[start : start + self.BATCH]))
+            rows.append(self(part.to(device)).cpu().numpy())
+        return np.concatenate(rows)
+
+
+class TinyWords(nn.Module):
+    """The sentence encoder; a `tvg_lib.encoders.sentence.SentenceEncoder`.
+
+    Args:
+        vocabulary: every word it will ever know, in a fixed order.
+    """
+
+    BATCH = 512  # sentences at a time in `encode`
+
+    def __init__(self, config: TinyConfig, vocabulary: Sequence[str]) -> None:
+        super().__init__()
+        unfit = [word for word in vocabulary if split_words(word) != [word]]
+        if unfit or len(set(vocabulary)) != len(vocabulary) or not vocabulary:
+            raise ConfigurationError(
+                f"a vocabulary holds different single lower-case words, found {unfit[:5]} among "
+                f"{len(vocabulary)} words ({len(set(vocabulary))} different)"
+            )
+        self.config = config
+        self.vocabulary = tuple(vocabulary)
+        self._number = {word: number for number, word in enumerate(vocabulary)}
+        width = config.channels[-1]
+        self.embedding = nn.Embedding(len(vocabulary), width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.place = _start(config.max_words, width)
+        self.summary = _start(width)
+        self.transformer = _transformer(config, config.text_layers)
+        self.output = nn.Linear(width, config.dim, bias=False)
+
+    @property
+    def name(self) -> str:
+        """Names the weights."""
+        return _weights_name("tiny-words", self, self.config, self.vocabulary)
+
+    @property
+    def dim(self) -> int:
+        """Width D of the common space."""
+        return self.config.dim
+
+    def tokens(self, sentence: str) -> list[str]:
+        """The words that the rows of `encode_tokens` stand for.
+
+        Raises:
+            DataError: no word, too many, or one that the vocabulary lacks.
+        """
+        words = split_words(sentence)
+        if not 1 <= len(words) <= self.config.max_words:
+            raise DataError(
+                f"a sentence has 1 to {self.config.max_words} words, found {len(words)} in "
+                f"{sentence!r}"
+            )
+        for word in words:
+            if word not in self._number:
+                near = difflib.get_close_matches(word, self.vocabulary, n=3) or self.vocabulary[:8]
+                raise DataError(
+                    f"{sentence!r}: this encoder knows {len(self.vocabulary)} words, and not "
+                    f"{word!r}; it does know {', '.join(near)} (all are in `.vocabulary`)"
+                )
+        return words
+
+    def forward(self, sentences: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns unit vectors (N, D), word vectors (N, K, D) and their mask (N, K)."""
+        numbers = [[self._number[word] for word in self.tokens(text)] for text in sentences]
+        longest = max(map(len, numbers))
+        device = self.place.device
+        mask = torch.zeros(len(numbers), longest, dtype=torch.bool)
+        index = torch.zeros(len(numbers), longest, dtype=torch.long)
+        for row, known in enumerate(numbers):
+            mask[row, : len(known)] = True
+            index[row, : len(known)] = torch.tensor(known)
+        mask, index = mask.to(device), index.to(device)
+        x = self.embedding(index) + self.place[:longest]
+        x = torch.cat([self.summary.expand(len(x), 1, -1), x], dim=1)
+        x = self.transformer(x, src_key_padding_mask=F.pad(~mask, (1, 0)))
+        x = self.output(x).float()
+        return F.normalize(x[:, 0], dim=-1), x[:, 1:].masked_fill(~mask[..., None], 0.0), mask
+
+    @torch.inference_mode()
+    def encode(self, sentences: Sequence[str]) -> np.ndarray:
+        """(N, D) float32 unit vectors.
+
+        Raises:
+            DataError: as of `tokens`.
+        """
+        rows = [np.empty((0, self.dim), np.float32)]
+        for start in range(0, len(sentences), self.BATCH):
+            rows.append(self(sentences[start : start + self.BATCH])[0].cpu().numpy())
+        return np.concatenate(rows)
+
+    @torch.inference_mode()
+    def encode_tokens(self, sentences: Sequence[str]) -> list[np.ndarray]:
+        """N arrays (K, D) float32, one row a word, in context.
+
+        Raises:
+            DataError: as of `tokens`.
+        """
+        rows: list[np.ndarray] = []
+        for start in range(0, len(sentences), self.BATCH):
+            _, words, mask = self(sentences[start : start + self.BATCH])
+            rows += [x[real].cpu().numpy() for x, real in zip(words, mask, strict=True)]
+        return rows
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Windows, the sentence drawn with each, and which sentences are true of which windows.
+
+    Attributes:
+        windows: (N, F, H, W, 3) uint8.
+        sentences: N.
+        matches: (N, N) boolean, [i, j] True where sentence j is true of window i.
+    """
+
+    windows: Tensor
+    sentences: tuple[str, ...]
+    matches: Tensor
+
+    @property
+    def video_ids(self) -> tuple[str, ...]:
+        """What a message can say of the windows."""
+        return tuple(f"window {i}" for i in range(len(self.sentences)))
+
+    @property
+    def query_ids(self) -> tuple[str, ...]:
+        """What a message can say of the sentences."""
+        return self.sentences
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PairBatch":
+        """The batch on a device; pixels stay bytes."""
+        return replace(self, windows=self.windows.to(device), matches=self.matches.to(device))
+
+
+@dataclass(frozen=True)
+class PairEmbeddings:
+    """Unit vectors (N, D) of the windows and sentences of a batch."""
+
+    video: Tensor
+    text: Tensor
+
+
+class TinyDualEncoder(nn.Module):
+    """Both encoders: `video` for windows of frames, `text` for sentences, in one space of `dim`.
+
+    Args:
+        config: architecture.
+        vocabulary: the words it will know; kept with the weights.
+    """
+
+    def __init__(self, config: TinyConfig, vocabulary: Sequence[str]) -> None:
+        super().__init__()
+        self.config = config
+        self.video = TinyFrames(config)
+        self.text = TinyWords(config, vocabulary)
+
+    def forward(self, batch: PairBatch) -> PairEmbeddings:
+        """Embed a batch; a sentence that occurs several times is encoded once."""
+        different = list(dict.fromkeys(batch.sentences))
+        row = {sentence: number for number, sentence in enumerate(different)}
+        text = self.text(different)[0]
+        return PairEmbeddings(
+            self.video(batch.windows), text[[row[sentence] for sentence in batch.sentences]]
+        )
+
+    def save(self, path: Path | str, recipe: Mapping[str, Any] | None = None) -> None:
+        """Write weights, configuration, vocabulary and how they were made, whole or not at all.
+
+        Args:
+            path: ends in .safetensors.
+            recipe: JSON-serialisable; seeds, steps, data: read it back with `read_recipe`.
+        """
+        state = {
+            "format": FORMAT,
+            "config": asdict(self.config),
+            "vocabulary": list(self.text.vocabulary),
+            "recipe": dict(recipe or {}),
+        }
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_state(path, self.state_dict(), state)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read what `save` wrote, in evaluation mode, on the CPU.
+
+        Raises:
+            DataError: the file is missing, damaged, or holds something else.
+        """
+        tensors, state = _read(Path(path))
+        try:
+            model = cls(TinyConfig(**state["config"]), state["vocabulary"])
+            model.load_state_dict(tensors)
+        except (KeyError, TypeError, RuntimeError, ConfigurationError) as error:
+            raise DataError(f"{path}: weights and configuration do not fit: {error}") from error
+        return model.eval()
+
+
+def read_recipe(path: Path | str) -> dict[str, Any]:
+    """How saved weights were made.
+
+    Raises:
+        DataError: the file is missing, damaged, or holds something else.
+    """
+    return _read(Path(path))[1]["recipe"]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, state = read_state(path)
+    if state.get("format") != FORMAT:
+        raise DataError(
+            f"{path}: expected a tiny dual encoder ({FORMAT}), found {state.get('format')!r}"
+        )
+    return tensors, state
+
+
+def info_nce(logits: Tensor, matches: Tensor) -> Tensor:
+    """Cross-entropy of each row against its positives, which share the target equally.
+
+    Args:
+        logits: (N, M).
+        matches: (N, M) boolean, at least one True a row.
+
+    Returns:
+        (N,)
+    """
+    chances = logits.log_softmax(dim=1)
+    return -(chances.masked_fill(~matches, 0.0).sum(1) / matches.sum(1))
+
+
+class ContrastiveObjective(nn.Module):
+    """Symmetric InfoNCE over the pairs of a batch; the temperature is learnt.
+
+    In several processes each contrasts the pairs of its own share of the batch.
+
+    Args:
+        temperature: at the start; CLIP's 0.07.
+        lowest: never below it; CLIP's 0.01.
+    """
+
+    def __init__(self, temperature: float = 0.07, lowest: float = 0.01) -> None:
+        super().__init__()
+        if not 0 < lowest <= temperature:
+            raise ConfigurationError(
+                f"0 < lowest <= temperature, found lowest={lowest}, temperature={temperature}"
+            )
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        self.log_scale._no_weight_decay = True  # type: ignore[attr-defined]
+        self.highest = -math.log(lowest)
+
+    def forward(self, output: PairEmbeddings, batch: PairBatch) -> dict[str, Tensor]:
+        """Returns "total" and its two halves."""
+        scale = self.log_scale.clamp(max=self.highest).exp()
+        logits = scale * output.video @ output.text.T
+        count = reduce_sum(logits.new_tensor(len(logits)))
+        to_text = info_nce(logits, batch.matches).sum() / count
+        to_video = info_nce(logits.T, batch.matches.T).sum() / count
+        return {
+            "total": (to_text + to_video) / 2,
+            "video_to_text": to_text,
+            "text_to_video": to_video,
+        }
+
+
+# Draws N windows (N, F, H, W, 3) uint8 with a sentence each and, third, the (N, N) matches or None
+# where equal sentences are the only ones true of a window that was not drawn with them.
+Draw = Callable[[np.random.Generator, int], tuple[np.ndarray, Sequence[str], np.ndarray | None]]
+
+
+def pair_batch(
+    windows: np.ndarray, sentences: Sequence[str], matches: np.ndarray | None = None
+) -> PairBatch:
+    """A batch of arrays; without `matches`, those whose sentences have equal words match.
+
+    Raises:
+        DataError: the numbers differ, or a window does not match its own sentence.
+    """
+    count = len(sentences)
+    if matches is None:
+        words = [tuple(split_words(sentence)) for sentence in sentences]
+        matches = np.array([[a == b for b in words] for a in words], bool).reshape(count, count)
+    if len(windows) != count or matches.shape != (count, count) or not matches.diagonal().all():
+        raise DataError(
+            f"{len(windows)} windows, {count} sentences and matches {matches.shape}: expected one "
+            "sentence a window, true of it"
+        )
+    return PairBatch(
+        torch.from_numpy(np.ascontiguousarray(windows)),
+        tuple(sentences),
+        torch.from_numpy(np.asarray(matches, bool)),
+    )
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """Which pairs one step sees."""
+
+    epoch: int
+    number: int
+    samples: tuple[int, ...]
+
+    def share(self, rank: int, world: int) -> "PairSpec":
+        """The pairs of one of `world` processes."""
+        return replace(self, samples=self.samples[rank::world])
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """An endless supply of pairs as epochs, for `tvg_lib.training.train`.
+
+    Each batch is drawn from a generator seeded by (seed, epoch, number), so it is the same whoever
+    draws it, and a resumed run sees what it would have seen.
+
+    Attributes:
+        draw: see `Draw`; picklable where batches are drawn in processes of their own.
+        batch_size: pairs a step.
+        batches: steps an epoch.
+        seed: of the draws.
+    """
+
+    draw: Draw = field(repr=False)
+    batch_size: int = 128
+    batches: int = 100
+    seed: int = 0
+
+    def epoch(self, epoch: int) -> list[PairSpec]:
+        """The steps of an epoch."""
+        everyone = tuple(range(self.batch_size))
+        return [PairSpec(epoch, number, everyone) for number in range(self.batches)]
+
+    def load(self, spec: PairSpec) -> PairBatch:
+        """Draw the pairs of a step."""
+        rng = np.random.default_rng([self.seed, spec.epoch, spec.number])
+        windows, sentences, matches = self.draw(rng, self.batch_size)
+        keep = list(spec.samples)
+        return pair_batch(
+            windows[keep],
+            [sentences[i] for i in keep],
+            None if matches is None else matches[np.ix_(keep, keep)],
+        )
+
+
+@torch.inference_mode()
+def pair_recall(model: TinyDualEncoder, batches: Sequence[PairBatch]) -> dict[str, float]:
+    """In percent: first sentence true of a window ("text R1"), first window fit ("video R1").
+
+    The candidates are those of the same batch, so the numbers depend on its size.
+    """
+    hits: dict[str, list[Tensor]] = {"text R1": [], "video R1": []}
+    for batch in batches:
+        output = model(batch)
+        similarity = output.video @ output.text.T
+        for name, scores, matches in (
+            ("text R1", similarity, batch.matches),
+            ("video R1", similarity.T, batch.matches.T),
+        ):
+            best = scores.argmax(1, keepdim=True)
+            hits[name].append(matches.gather(1, best).squeeze(1).float())
+    return {name: 100 * float(torch.cat(parts).mean()) for name, parts in hits.items()}
