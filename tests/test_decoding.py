@@ -158,6 +158,7 @@ def predictions_at(logits, offsets, lengths, mask=None, clips_per_step=1):
         offsets=torch.tensor(offsets),
         mask=mask,
         pyramid=Pyramid(levels, masks, clips_per_step),
+        pyramid_row=torch.zeros(len(logits), dtype=torch.long),
         fused=torch.zeros(*logits.shape, 1),
         text=torch.zeros(len(logits), 1, 1),
         text_mask=torch.ones(len(logits), 1, dtype=torch.bool),

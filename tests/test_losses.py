@@ -139,6 +139,7 @@ def random_output(lengths, queries, valid, seed=0):
         offsets=(torch.rand(queries, points, 2, generator=generator) * 4).requires_grad_(),
         mask=mask,
         pyramid=pyramid,
+        pyramid_row=torch.zeros(queries, dtype=torch.long),
         fused=torch.zeros(queries, points, 1),
         text=torch.zeros(queries, 1, 1),
         text_mask=torch.ones(queries, 1, dtype=torch.bool),

@@ -8,6 +8,8 @@ from tvg_lib.interop.files import read_configuration, read_weights
 from tvg_lib.interop.grounder import (
     convert_grounder,
     decoding_config,
+    hieramamba_config,
+    load_hieramamba,
     load_snag,
     point_grid,
     snag_config,
@@ -16,6 +18,8 @@ from tvg_lib.interop.grounder import (
 __all__ = [
     "convert_grounder",
     "decoding_config",
+    "hieramamba_config",
+    "load_hieramamba",
     "load_snag",
     "point_grid",
     "read_configuration",

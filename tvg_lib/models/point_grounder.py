@@ -4,7 +4,8 @@
                                               ├─ late fusion ─ heads ─▶ logit and offsets per point
     word features ──text encoder───▶ words ───┘
 
-A video is encoded once, however many queries are asked of it.
+A video is encoded once, however many queries are asked of it. A model that fuses early, too
+(HieraMamba), does in `encode_video` what needs no query and the rest in `predict`.
 """
 
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class PointGrounder(nn.Module):
             offsets=offsets[:, points],
             mask=mask[:, points],
             pyramid=pyramid,
+            pyramid_row=query_video,
             fused=fused[:, points],
             text=text.features,
             text_mask=text.mask,
@@ -81,6 +83,6 @@ class PointGrounder(nn.Module):
 
     def forward(self, batch: GroundingBatch) -> PointPredictions:
         """Encode the videos and queries of a batch and predict."""
-        pyramid = self.encode_video(batch.video, batch.video_mask)
+        videos = self.encode_video(batch.video, batch.video_mask)
         text = self.encode_text(batch.text, batch.text_mask)
-        return self.predict(pyramid, text, batch.query_video)
+        return self.predict(videos, text, batch.query_video)

@@ -10,7 +10,7 @@ separator between levels, a single pass over the flat sequence gives exactly wha
 would.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,13 @@ class Pyramid:
         levels: (B, T_l, D) each.
         masks: (B, T_l) each.
         clips_per_step: clips of the video's grid per step of level 0 (the encoder's input stride).
+        base: (B, T_0, D) what enters the first block, Z^0 in MSCL; None if an encoder keeps none.
     """
 
     levels: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]
     clips_per_step: int = 1
+    base: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -59,6 +61,7 @@ class Pyramid:
             self,
             levels=tuple(x[rows] for x in self.levels),
             masks=tuple(m[rows] for m in self.masks),
+            base=None if self.base is None else self.base[rows],
         )
 
 
@@ -70,7 +73,9 @@ class PointPredictions:
         logits: (Q, P) log-odds that the point is near the centre of the moment.
         offsets: (Q, P, 2) distances to start and end, in units of the point's stride, >= 0.
         mask: (Q, P) True on points over real clips.
-        pyramid: the features of the videos before fusion, for losses that read them.
+        pyramid: the features of the videos before (late) fusion, for losses that read them.
+        pyramid_row: (Q,) row of `pyramid` that each query was asked of: its video, or with early
+            fusion its own.
         fused: (Q, P, D) features after fusion with the query.
         text, text_mask: (Q, K, D_text) encoded words.
     """
@@ -79,6 +84,7 @@ class PointPredictions:
     offsets: Tensor
     mask: Tensor
     pyramid: Pyramid
+    pyramid_row: Tensor
     fused: Tensor
     text: Tensor
     text_mask: Tensor

@@ -1,0 +1,417 @@
+"""HieraMamba: hierarchical anchor-Mamba pooling (An and Grauman, CVPR 2026, arXiv 2510.23043).
+
+SnAG with another video encoder. Each block of the pyramid puts an anchor in front of every two
+tokens, lets a bidirectional state-space layer and local attention work on the mixed sequence, and
+parts the two again: moments are predicted on the tokens, the anchors are the tokens of the next
+level.
+
+    level 0   [a t t a t t a t t a t t]  ── tokens ─▶ 8 points
+               │     │     │     │
+    level 1   [a  t  t     a  t  t ]     ── tokens ─▶ 4 points          ...
+
+Details come from the released code (jbistanbul/hieramamba @ 03a8a95), which settles what a paper
+leaves open. Different here, and by default: masks are right for every row of a batch (the released
+code sums them over the batch), and padding is never heard (there it enters the backward scan and
+the last anchor); `leak_padding` reproduces the latter.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tvg_lib.models.point_grounder import EncodedText, PointGrounder
+from tvg_lib.models.snag import ClipEmbedding, SnagConfig, text_encoder
+from tvg_lib.nn.anchor_pooling import AnchorPooling, Pooling, group, interleave, separate
+from tvg_lib.nn.attention import TransformerBlock
+from tvg_lib.nn.fusion import LateFusion
+from tvg_lib.nn.pyramid import ClassificationHead, PointPredictions, Pyramid, RegressionHead
+from tvg_lib.nn.sequence import LayerScale, pad_time, zero_invalid
+from tvg_lib.ssm import Hydra, Mamba2
+
+Merge = Literal["gate", "residual", "scaled_skip"]
+
+
+@dataclass(frozen=True)
+class AnchorPyramid(Pyramid):
+    """A pyramid with the anchors of every level.
+
+    Attributes:
+        anchors: (B, N_l, D) each, N_l = ceil(T_l / 2): anchor n of level l summarises its tokens
+            2n and 2n + 1. Those of the last level feed no other.
+        anchor_masks: (B, N_l) each.
+    """
+
+    anchors: tuple[Tensor, ...] = ()
+    anchor_masks: tuple[Tensor, ...] = ()
+
+    def select(self, rows: Tensor) -> "AnchorPyramid":
+        """The pyramids of some videos; `rows` as in tensor indexing."""
+        return replace(
+            super().select(rows),
+            anchors=tuple(x[rows] for x in self.anchors),
+            anchor_masks=tuple(m[rows] for m in self.anchor_masks),
+        )
+
+
+class Gate(nn.Linear):
+    """sigmoid(W [x, y] + b), per channel: how much of a branch is let in."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(2 * channels, channels)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Args: x, y (..., C). Returns (..., C) in (0, 1)."""
+        old, new = self.weight.chunk(2, dim=1)  # two products cost less than a concatenation
+        return (F.linear(x, old, self.bias) + F.linear(y, new)).sigmoid()
+
+
+class SwiGLU(nn.Module):
+    """W2 (SiLU(W_g x) * W_v x), 8/3 wide (Shazeer 2020)."""
+
+    def __init__(self, channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        hidden = 8 * channels // 3
+        self.gate_and_value = nn.Linear(channels, 2 * hidden, bias=False)
+        self.output = nn.Linear(hidden, channels, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        gate, value = self.gate_and_value(x).chunk(2, dim=-1)
+        return self.dropout(self.output(F.silu(gate) * value))
+
+
+class AnchorMambaPooling(nn.Module):
+    """One block: anchors in, a global and a local encoder, a feed-forward, anchors out.
+
+        x = interleave(anchors, tokens)
+        g = x + scale * Global(norm(x))        f = x + gate(x, g) * (g - x)
+        l = f + scale * Local(norm(f))         h = f + gate(f, l) * (l - f)
+        y = h + scale * FeedForward(norm(h))
+
+    Args:
+        channels: C.
+        stride: tokens per anchor.
+        pooling: see `AnchorPooling`.
+        bidirectional: Hydra as the global encoder, else Mamba-2, which hears only the past.
+        state, expand, head_channels, taps: of the global encoder (d_state, expand, headdim,
+            d_conv); `taps` None takes each layer's own default, 7 or 4.
+        window: of local attention over the mixed sequence; 0 is full attention, None leaves the
+            local encoder out.
+        local_heads: heads of the local attention.
+        merge: "gate" as above; "residual" takes g and l whole; "scaled_skip" is the released
+            ungated block, which has the layer scale on the skip connection of the global encoder
+            instead of its branch, so that x all but vanishes: g = Global(norm(x)) + scale * x.
+        feed_forward: "linear" is one linear layer and GELU, "swiglu" a gated network; None takes
+            the first behind local attention and the second without, as released.
+        dropout: of the feed-forward and rate of stochastic depth.
+        leak_padding: let padding into scan and anchors, as the released code does.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        stride: int = 2,
+        pooling: Pooling = "mean",
+        bidirectional: bool = True,
+        state: int = 64,
+        expand: float = 2,
+        head_channels: int = 64,
+        taps: int | None = None,
+        window: int | None = 5,
+        local_heads: int = 2,
+        merge: Merge = "gate",
+        feed_forward: Literal["linear", "swiglu"] | None = None,
+        dropout: float = 0.1,
+        leak_padding: bool = False,
+    ) -> None:
+        super().__init__()
+        if merge not in ("gate", "residual", "scaled_skip"):
+            raise ValueError(
+                f"unknown merge {merge!r}; expected 'gate', 'residual' or 'scaled_skip'"
+            )
+        self.stride = stride
+        self.merge: Merge = merge
+        self.leak_padding = leak_padding
+        self.pooling = AnchorPooling(channels, pooling, dropout, leak_padding)
+        self.global_norm = nn.RMSNorm(channels, eps=1e-6)
+        layer, own_taps = (Hydra, 7) if bidirectional else (Mamba2, 4)
+        self.global_encoder = layer(
+            channels, d_state=state, d_conv=taps or own_taps, expand=expand, headdim=head_channels
+        )
+        self.global_scale = LayerScale(channels, dropout)
+        self.global_gate = Gate(channels) if merge == "gate" else None
+        self.local_encoder = None
+        if window is not None:
+            self.local_norm = nn.RMSNorm(channels, eps=1e-6)
+            self.local_encoder = TransformerBlock(channels, local_heads, window=window)
+            self.local_scale = LayerScale(channels, dropout)
+            self.local_gate = Gate(channels) if merge == "gate" else None
+        self.feed_forward_norm = nn.RMSNorm(channels, eps=1e-6)
+        kind = feed_forward or ("swiglu" if window is None else "linear")
+        self.feed_forward = (
+            SwiGLU(channels, dropout)
+            if kind == "swiglu"
+            else nn.Sequential(nn.Linear(channels, channels), nn.GELU(), nn.Dropout(dropout))
+        )
+        self.feed_forward_scale = LayerScale(channels, dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Enrich the tokens and make their anchors.
+
+        Args:
+            x: (B, T, C), zero where `mask` (B, T) is False.
+
+        Returns:
+            tokens (B, T, C), anchors (B, N, C) and the anchors' mask (B, N), N = ceil(T / stride);
+            zero where invalid.
+        """
+        length = x.shape[1]
+        tokens, valid = group(x, mask, self.stride)
+        anchor_mask = valid.any(2)
+        x = interleave(self.pooling(tokens, valid), tokens)
+        mixed_mask = interleave(anchor_mask, valid)
+        x = self._globally(x, mixed_mask)
+        if self.local_encoder is not None:
+            x = self._locally(x, mixed_mask)
+        x = x + self.feed_forward_scale(self.feed_forward(self.feed_forward_norm(x)))
+        anchors, tokens = separate(x, self.stride, length)
+        return zero_invalid(tokens, mask), zero_invalid(anchors, anchor_mask), anchor_mask
+
+    def _globally(self, x: Tensor, mask: Tensor) -> Tensor:
+        branch = self.global_encoder(self.global_norm(x), None if self.leak_padding else mask)
+        if self.merge == "scaled_skip":
+            return zero_invalid(branch + self.global_scale(x), mask)
+        return self._merged(x, self.global_scale(branch), self.global_gate)
+
+    def _locally(self, x: Tensor, mask: Tensor) -> Tensor:
+        branch, _ = self.local_encoder(self.local_norm(x), mask)
+        return self._merged(x, self.local_scale(branch), self.local_gate)
+
+    @staticmethod
+    def _merged(x: Tensor, branch: Tensor, gate: Gate | None) -> Tensor:
+        whole = x + branch
+        return whole if gate is None else torch.addcmul(x, gate(x, whole), branch)
+
+
+class VideoMamba(nn.Module):
+    """Clip embedding and a stack of `AnchorMambaPooling` blocks, each at half the length.
+
+    Args:
+        windowed_levels: local attention has its window in so many levels and is full above.
+        local_levels: the local encoder is left out from this level on; None keeps it everywhere.
+        Others as in `HieraMambaConfig` and `AnchorMambaPooling`.
+    """
+
+    def __init__(self, config: "HieraMambaConfig", in_channels: int) -> None:
+        super().__init__()
+        self.embedding = ClipEmbedding(
+            in_channels,
+            config.channels,
+            config.max_clips,
+            config.embedding_convolutions,
+            config.input_stride,
+            config.positions,
+            config.stretch_over_padding,
+        )
+        self.stem = nn.ModuleList(
+            TransformerBlock(
+                config.channels,
+                config.heads,
+                window=config.stem_window,
+                attention_dropout=config.attention_dropout,
+                dropout=config.dropout,
+                drop_path=config.drop_path,
+            )
+            for _ in range(config.stem)
+        )
+        self.blocks = nn.ModuleList(
+            AnchorMambaPooling(
+                config.channels,
+                pooling=config.pooling,
+                bidirectional=config.bidirectional,
+                state=config.state,
+                expand=config.expand,
+                head_channels=config.head_channels,
+                taps=config.taps,
+                window=config.window_of(level),
+                local_heads=config.local_heads,
+                merge=config.merge,
+                feed_forward=config.feed_forward,
+                dropout=config.block_dropout,
+                leak_padding=config.leak_padding,
+            )
+            for level in range(config.levels)
+        )
+        for layer in self.modules():  # as released; gates start half open
+            if isinstance(layer, (nn.Linear, nn.Conv1d)) and layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, mask: Tensor) -> AnchorPyramid:
+        """Args: x (B, T, C_in), mask (B, T); any T."""
+        x, mask = self.embedding(*pad_time(x, mask, self.embedding.stride))
+        for block in self.stem:
+            x, mask = block(x, mask)
+        x = base = zero_invalid(x, mask)
+        levels, masks, anchors, anchor_masks = [], [], [], []
+        for block in self.blocks:
+            tokens, x, anchor_mask = block(x, mask)
+            levels.append(tokens)
+            masks.append(mask)
+            anchors.append(x)
+            anchor_masks.append(anchor_mask)
+            mask = anchor_mask
+        return AnchorPyramid(
+            levels=tuple(levels),
+            masks=tuple(masks),
+            clips_per_step=self.embedding.stride,
+            base=base,
+            anchors=tuple(anchors),
+            anchor_masks=tuple(anchor_masks),
+        )
+
+
+@dataclass(frozen=True)
+class HieraMambaConfig(SnagConfig):
+    """Architecture of a HieraMamba: a SnAG with another video encoder.
+
+    The defaults are the released TACoS configuration. Of the inherited fields `heads` is of the
+    stem, `window` of the local attention inside the blocks (None leaves the local encoder out).
+
+    Attributes:
+        pooling, bidirectional, state, expand, head_channels, taps, local_heads, merge,
+            feed_forward: of the blocks, see `AnchorMambaPooling`.
+        windowed_levels: local attention has its window in so many levels and is full above.
+        local_levels: the local encoder is left out from this level on; None keeps it everywhere.
+        stem_window: of attention in the stem; 0 is full attention.
+        block_dropout: dropout and rate of stochastic depth inside the blocks. The released code has
+            no setting for it.
+        early_fusion: fuse clips and words in front of the video encoder, too, by the same layers.
+            The video is then encoded once per query.
+        leak_padding: see `AnchorMambaPooling`.
+    """
+
+    window: int | None = 5
+    pooling: Pooling = "mean"
+    bidirectional: bool = True
+    state: int = 64
+    expand: float = 2
+    head_channels: int = 64
+    taps: int | None = None
+    windowed_levels: int = 5
+    local_levels: int | None = None
+    local_heads: int = 2
+    merge: Merge = "gate"
+    feed_forward: Literal["linear", "swiglu"] | None = None
+    stem_window: int = 0
+    block_dropout: float = 0.1
+    early_fusion: bool = False
+    leak_padding: bool = False
+
+    def window_of(self, level: int) -> int | None:
+        """Window of the local attention of a level: 0 is full attention, None no local encoder."""
+        if self.window is None or (self.local_levels is not None and level >= self.local_levels):
+            return None
+        return self.window if level < self.windowed_levels else 0
+
+
+@dataclass(frozen=True)
+class ProjectedClips:
+    """What early fusion can know of a video without a query.
+
+    Attributes:
+        features: (B, T, D).
+        mask: (B, T).
+    """
+
+    features: Tensor
+    mask: Tensor
+
+    def select(self, rows: Tensor) -> "ProjectedClips":
+        """Those of some videos; `rows` as in tensor indexing."""
+        return ProjectedClips(self.features[rows], self.mask[rows])
+
+
+class HieraMamba(PointGrounder):
+    """The whole model of a `HieraMambaConfig`.
+
+    With late fusion alone a video is encoded once for all its queries. With early fusion
+    `encode_video` only projects the clips and `predict` encodes the video anew for every query:
+    time and memory grow with queries times clips.
+    """
+
+    def __init__(self, config: HieraMambaConfig) -> None:
+        words = text_encoder(config)
+        early = config.early_fusion
+        super().__init__(
+            video_encoder=VideoMamba(config, config.channels if early else config.video_dim),
+            text_encoder=words,
+            fusion=LateFusion(
+                config.channels,
+                words.channels,
+                layers=config.fusion_layers,
+                heads=config.fusion_heads,
+                modulation=config.modulation,
+                attention_dropout=config.attention_dropout,
+                dropout=config.dropout,
+                drop_path=config.drop_path,
+            ),
+            classification=ClassificationHead(config.channels, config.head_layers, config.prior),
+            regression=RegressionHead(config.channels, config.levels, config.head_layers),
+        )
+        self.video_projection = None
+        if early:
+            self.video_projection = nn.Linear(config.video_dim, config.channels)
+            nn.init.zeros_(self.video_projection.bias)
+        self.config = config
+
+    def encode_video(self, video: Tensor, mask: Tensor) -> AnchorPyramid | ProjectedClips:
+        """All that needs no query. Args: video (B, T, C), mask (B, T)."""
+        if self.video_projection is None:
+            return super().encode_video(video, mask)
+        return ProjectedClips(self.video_projection(zero_invalid(video, mask)), mask)
+
+    def predict(
+        self, encoded: AnchorPyramid | ProjectedClips, text: EncodedText, query_video: Tensor
+    ) -> PointPredictions:
+        """Ask encoded queries of encoded videos; `query_video` (Q,) is the video of each query."""
+        if self.video_projection is None:
+            return super().predict(encoded, text, query_video)
+        fused, mask = self.fusion(
+            encoded.features, encoded.mask, text.features, text.mask, query_video
+        )
+        pyramid = self.video_encoder(fused, mask)
+        return super().predict(pyramid, text, torch.arange(len(fused), device=fused.device))
+
+
+# The released configurations, by their data set and features.
+TACOS = HieraMambaConfig(video_dim=4096, text_dim=300)
+EGO4D = HieraMambaConfig(
+    video_dim=256,
+    text_dim=768,
+    channels=384,
+    text_encoder="projection",
+    text_channels=768,
+    max_words=24,
+    text_positions=False,
+    modulation="adaln",
+    early_fusion=True,
+)
+MAD = HieraMambaConfig(
+    video_dim=512,
+    text_dim=512,
+    channels=512,
+    levels=9,
+    max_clips=4096,
+    input_stride=2,
+    text_encoder="projection",
+    text_channels=512,
+    max_words=75,
+    text_positions=False,
+    modulation="adaln",
+    early_fusion=True,
+)
+MAD_V2 = replace(MAD, video_dim=768, text_dim=768, channels=768, text_channels=768, positions=False)
