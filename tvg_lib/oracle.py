@@ -12,7 +12,7 @@ published code leaves arbitrary values at padding.
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,10 +21,17 @@ from torch import Tensor
 
 from tvg_lib.decoding import DecodingConfig, decode
 from tvg_lib.errors import DataError
-from tvg_lib.interop import convert_grounder, hieramamba_config, snag_config
+from tvg_lib.interop import (
+    convert_grounder,
+    convert_mamfusion,
+    hieramamba_config,
+    mamfusion_config,
+    snag_config,
+)
 from tvg_lib.losses.contrastive import ContrastiveProjector, anchor_contrast, segment_contrast
 from tvg_lib.losses.detection import diou_loss, focal_loss, iou_loss
 from tvg_lib.models.hieramamba import AnchorPyramid, HieraMamba
+from tvg_lib.models.mamfusion import MamFusion
 from tvg_lib.models.point_grounder import PointGrounder
 from tvg_lib.models.snag import SnAG
 from tvg_lib.nn.points import PointGrid
@@ -170,6 +177,25 @@ def _grounder(case: Case, model: PointGrounder) -> Iterator[Check]:
                 yield _compare(case, output_name, ours, theirs, LAYER_TOLERANCE)
 
 
+def _mamfusion(case: Case) -> Iterator[Check]:
+    # The released fusion acts in training only; no case holds it.
+    config = replace(mamfusion_config(case.description["config"]), fusion="none")
+    model = MamFusion(config).eval()
+    model.load_state_dict(convert_mamfusion(case.weights, model))
+    tensors = case.tensors
+    queries = model.encode_text(tensors["query"], tensors["query_mask"].bool(), None)
+    videos = model.encode_video(tensors["clip"], tensors["frame"], tensors["frame_mask"].bool())
+    clip_scores, frame_scores = model.score_parts(queries, videos)
+    for output, ours in (
+        ("query_vector", queries.vector),
+        ("clip_features", videos.segments),
+        ("video_vector", videos.vector),
+        ("clip_scores", clip_scores),
+        ("frame_scores", frame_scores),
+    ):
+        yield _compare(case, output, ours, tensors[output], MODEL_TOLERANCE)
+
+
 def _losses(case: Case) -> Iterator[Check]:
     tensors = case.tensors
     logits, targets = tensors["focal.logits"], tensors["focal.targets"]
@@ -265,6 +291,7 @@ def _points_and_suppression(case: Case) -> Iterator[Check]:
 _KINDS: list[tuple[Callable[[Case], bool], Callable[[Case], Iterator[Check]]]] = [
     (lambda case: _video_encoder(case) == "transformer", _snag),
     (lambda case: _video_encoder(case) == "hieramamba_backbone", _hieramamba),
+    (lambda case: "video_vector" in case.tensors, _mamfusion),
     (_is_layer, _layer),
     (lambda case: "focal.logits" in case.tensors, _losses),
     (lambda case: "nms.segs" in case.tensors, _points_and_suppression),

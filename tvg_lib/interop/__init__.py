@@ -14,13 +14,16 @@ from tvg_lib.interop.grounder import (
     point_grid,
     snag_config,
 )
+from tvg_lib.interop.mamfusion import convert_mamfusion, mamfusion_config
 
 __all__ = [
     "convert_grounder",
+    "convert_mamfusion",
     "decoding_config",
     "hieramamba_config",
     "load_hieramamba",
     "load_snag",
+    "mamfusion_config",
     "point_grid",
     "read_configuration",
     "read_weights",

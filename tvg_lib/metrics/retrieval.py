@@ -5,16 +5,23 @@
     SumR    = R@1 + R@5 + R@10 + R@100        (MS-SL, GMMFormer, MamFusion)
 
 Ties count against the system: a constant score ranks the right video last, not first.
+
+    M/V     = moment-to-video ratio: the share of the video that a query is about; MS-SL reports
+              SumR for (0, 0.2], (0.2, 0.4] and (0.4, 1]
+    corpus R<K>@<t> = percentage of queries of whose first K answers (video, moment) one is right:
+              the right video, and a moment with at least this IoU (corpus moment retrieval)
 """
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from tvg_lib.errors import DataError
 from tvg_lib.metrics.report import MetricReport, percent
+from tvg_lib.moments import interval_iou
 
 # Score entries compared at a time.
 _BLOCK_ENTRIES = 16_000_000
@@ -129,3 +136,111 @@ def retrieval_report(
     contributions["SumR"] = np.sum(list(contributions.values()), axis=0)
     values = {name: float(c.mean()) for name, c in contributions.items()}
     return RetrievalReport(ids, values, contributions, ranks)
+
+
+def moment_ratio_report(
+    report: RetrievalReport, ratios: ArrayLike, edges: Sequence[float] = (0.0, 0.2, 0.4, 1.0)
+) -> MetricReport:
+    """SumR by moment-to-video ratio, one metric for each interval (low, high].
+
+    Args:
+        report: of all queries.
+        ratios: (Q,) moment-to-video ratio of each query, in (0, 1].
+        edges: ends of the intervals, ascending.
+
+    Returns:
+        Metrics such as `SumR, M/V (0, 0.2]`; a query outside an interval does not count there.
+
+    Raises:
+        DataError: a ratio per query is missing or lies outside the edges.
+    """
+    ratios = np.asarray(ratios, dtype=np.float64)
+    if ratios.shape != (len(report.query_ids),):
+        raise DataError(
+            f"expected one ratio per query, ({len(report.query_ids)},), found {ratios.shape}"
+        )
+    if len(edges) < 2 or any(a >= b for a, b in pairwise(edges)):
+        raise DataError(f"edges must ascend, found {tuple(edges)}")
+    outside = ~((ratios > edges[0]) & (ratios <= edges[-1]))
+    if outside.any():
+        query = int(np.flatnonzero(outside)[0])
+        raise DataError(
+            f"query {report.query_ids[query]!r}: expected a moment-to-video ratio in "
+            f"({edges[0]:g}, {edges[-1]:g}], found {ratios[query]}"
+        )
+    contributions = {
+        f"SumR, M/V ({low:g}, {high:g}]": np.where(
+            (ratios > low) & (ratios <= high), report.contributions["SumR"], np.nan
+        )
+        for low, high in pairwise(edges)
+    }
+    values = {
+        name: float(np.nanmean(c)) if np.isfinite(c).any() else float("nan")
+        for name, c in contributions.items()
+    }
+    return MetricReport(report.query_ids, values, contributions, groups=report.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusAnswer:
+    """One answer of a corpus moment retrieval: a video, and seconds in it."""
+
+    video_id: str
+    start: float
+    end: float
+
+
+def corpus_moment_report(
+    ranked: Sequence[Sequence[CorpusAnswer]],
+    targets: Sequence[str],
+    moments: Sequence[np.ndarray],
+    *,
+    ks: Sequence[int] = (1, 10, 100),
+    thresholds: Sequence[float] = (0.5, 0.7),
+    query_ids: Sequence[Hashable] | None = None,
+    groups: Sequence[Hashable] | None = None,
+) -> MetricReport:
+    """Corpus moment retrieval: video and moment both right (XML, Lei et al. 2020, "VCMR").
+
+    Args:
+        ranked: answers to each query, best first.
+        targets: the right video of each query.
+        moments: (M, 2) its true moments in seconds; any of them will do.
+        ks, thresholds: ranks and IoU that are reported, as `corpus R1@0.5`.
+        query_ids: names of the queries for pairing; their indices when left out.
+        groups: what each query belongs to, for intervals.
+
+    Raises:
+        DataError: different numbers of queries, none, a query without a moment, or senseless ks.
+    """
+    Q = len(ranked)
+    if not Q or len(targets) != Q or len(moments) != Q:
+        raise DataError(
+            f"expected one list, target and set of moments per query, found {Q}, {len(targets)} "
+            f"and {len(moments)}"
+        )
+    if not ks or any(k < 1 for k in ks):
+        raise DataError(f"ks must be positive integers, found {tuple(ks)}")
+    first = {threshold: np.full(Q, np.inf) for threshold in thresholds}  # rank of the first hit
+    for q, (answers, target, truth) in enumerate(zip(ranked, targets, moments, strict=True)):
+        if len(truth) == 0:
+            raise DataError(f"query {q} has no moment to find")
+        right = [rank for rank, a in enumerate(answers[: max(ks)]) if a.video_id == target]
+        if not right:
+            continue
+        spans = np.array([[answers[rank].start, answers[rank].end] for rank in right])
+        overlap = interval_iou(spans, np.asarray(truth, dtype=np.float64)).max(1)
+        for threshold, ranks in first.items():
+            hits = np.flatnonzero(overlap >= threshold)
+            if len(hits):
+                ranks[q] = right[hits[0]] + 1
+    contributions = {
+        f"corpus R{k}@{threshold:g}": percent(ranks <= k)
+        for k in ks
+        for threshold, ranks in first.items()
+    }
+    values = {name: float(c.mean()) for name, c in contributions.items()}
+    ids = tuple(range(Q)) if query_ids is None else tuple(query_ids)
+    return MetricReport(
+        ids, values, contributions, groups=None if groups is None else tuple(groups)
+    )
