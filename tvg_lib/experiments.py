@@ -1,4 +1,4 @@
-"""One experiment: train a point grounder, choose its weights on held-out videos, test, record.
+"""One experiment: train a grounder, choose its weights on held-out videos, test, record.
 
 Every notebook that trains goes through here, so that methods are compared at equal terms: the same
 batches, the same selection, the same decoding, the same metrics with the same intervals.
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate.utils import set_seed
 from torch import nn
@@ -18,9 +18,10 @@ from tvg_lib.baselines import ClipScores
 from tvg_lib.data.batching import BatchPlan, Crop
 from tvg_lib.data.dataset import GroundingDataset
 from tvg_lib.decoding import DecodingConfig, Prediction, ground
+from tvg_lib.errors import ConfigurationError
 from tvg_lib.evaluation import qvhighlights_report, recall_report
 from tvg_lib.metrics import MetricReport
-from tvg_lib.models.point_grounder import PointGrounder
+from tvg_lib.models.aligned_grounder import ground_aligned
 from tvg_lib.nn.points import PointGrid
 from tvg_lib.results import RunRecord, new_record, records_folder, save
 from tvg_lib.training import TrainingConfig, TrainingResult, run_key, train
@@ -35,12 +36,12 @@ COMMON_MODULES = (
 
 @dataclass(frozen=True)
 class GroundingRecipe:
-    """How a point grounder is trained and read, whatever its architecture.
+    """How a grounder is trained and read, whatever its architecture.
 
     Attributes:
         training: of the loop; its seed also orders the batches and draws the first weights.
         videos_per_batch, queries_per_video, crop: of the batches.
-        grid: which points answer for which moments.
+        grid: which points answer for which moments (point grounders).
         decoding: from points to ranked moments, in validation and in the test.
         ks, thresholds: ranks and IoU of the recalls that are reported.
     """
@@ -59,6 +60,46 @@ class GroundingRecipe:
         return replace(self, training=replace(self.training, seed=seed))
 
 
+class Reader(Protocol):
+    """How a model answers every query of a data set, in the order of its queries."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        dataset: GroundingDataset,
+        recipe: GroundingRecipe,
+        external: ClipScores | None,
+    ) -> list[Prediction]: ...
+
+
+def read_points(
+    model: nn.Module,
+    dataset: GroundingDataset,
+    recipe: GroundingRecipe,
+    external: ClipScores | None = None,
+) -> list[Prediction]:
+    """Answers of a `PointGrounder`."""
+    scores = None if external is None else external.of(dataset)
+    return ground(model, dataset, recipe.decoding, recipe.grid, external=scores)
+
+
+def read_ranked(
+    model: nn.Module,
+    dataset: GroundingDataset,
+    recipe: GroundingRecipe,
+    external: ClipScores | None = None,
+) -> list[Prediction]:
+    """Answers of a model whose output ranks moments itself (`RankedMoments`).
+
+    Raises:
+        ConfigurationError: external scores are given; such a model reads the similarity of clip and
+            sentence already.
+    """
+    if external is not None:
+        raise ConfigurationError("external scores multiply into points; this model has none")
+    return ground_aligned(model, dataset, recipe.decoding)
+
+
 @dataclass(frozen=True)
 class TrainedGrounder:
     """A trained model and what its records must say about it.
@@ -69,6 +110,7 @@ class TrainedGrounder:
         recipe: of the run.
         parameters: everything that was configurable, resolved.
         modules: library modules that made the model.
+        read: how it answers.
     """
 
     training: TrainingResult
@@ -79,9 +121,10 @@ class TrainedGrounder:
     recipe: GroundingRecipe
     parameters: dict[str, Any]
     modules: tuple[ModuleType | str, ...]
+    read: Reader = read_points
 
     @property
-    def model(self) -> PointGrounder:
+    def model(self) -> nn.Module:
         """The selected weights, in evaluation mode."""
         return self.training.model
 
@@ -114,7 +157,7 @@ def grounding_metrics(
 
 def train_grounder(
     method: str,
-    model: Callable[[], PointGrounder],
+    model: Callable[[], nn.Module],
     objective: Callable[[], nn.Module],
     recipe: GroundingRecipe,
     train_set: GroundingDataset,
@@ -124,6 +167,7 @@ def train_grounder(
     architecture: Any,
     modules: Sequence[ModuleType | str],
     variant: str = "main",
+    read: Reader = read_points,
 ) -> TrainedGrounder:
     """Train, or load what is already trained; the best epoch on held-out videos is kept.
 
@@ -135,6 +179,7 @@ def train_grounder(
         scale: whose folder below `runs/` takes the run.
         architecture: the configuration of the model and objective, for the key and the records.
         modules: library modules that define model and objective.
+        read: how the model answers, in validation and in the test.
     """
     modules = (*COMMON_MODULES, *modules)
     parameters = {"architecture": _plain(architecture), "recipe": asdict(recipe)}
@@ -152,7 +197,7 @@ def train_grounder(
         paths.runs(scale) / "train" / f"{method}-{variant}-seed{seed}-{key}",
         validate=lambda candidate: (
             grounding_metrics(
-                ground(candidate, validation_set, recipe.decoding, recipe.grid),
+                read(candidate, validation_set, recipe, None),
                 validation_set,
                 recipe.ks,
                 recipe.thresholds,
@@ -166,7 +211,9 @@ def train_grounder(
         "model_parameters": sum(p.numel() for p in result.model.parameters()),
         "selected": result.selected,
     }
-    return TrainedGrounder(result, method, variant, scale, seed, recipe, parameters, tuple(modules))
+    return TrainedGrounder(
+        result, method, variant, scale, seed, recipe, parameters, tuple(modules), read
+    )
 
 
 def evaluate_grounder(
@@ -185,14 +232,8 @@ def evaluate_grounder(
         variant: for the record, where it is not that of the training.
     """
     started = time.perf_counter()
-    predictions = ground(
-        trained.model,
-        test_set,
-        trained.recipe.decoding,
-        trained.recipe.grid,
-        external=None if external is None else external.of(test_set),
-    )
     recipe = trained.recipe
+    predictions = trained.read(trained.model, test_set, recipe, external)
     report = grounding_metrics(predictions, test_set, recipe.ks, recipe.thresholds)
     record = new_record(
         trained.method,

@@ -1,0 +1,212 @@
+"""F2SGD: frame-frame similarity guided detection (Tan et al., CVPR 2025, section 3.3).
+
+    symbol     here                                   equation
+    S^a        similarity_map                         13
+    CNNs       F2SGD.convolutions, kernel C           13
+    MLP        F2SGD.mlp                              13
+    P          CellScores.logits (before a sigmoid)   13
+    top-k      CellScores.ranked                      15
+
+A cell (i, j) stands for the moment of frames i to j, both included. Frames of a moment are alike
+once they are aligned with the query, so a moment is a bright block on the diagonal of S^a, and its
+upper right corner is the cell (start, end).
+
+The losses (equation 14) are in `tvg_lib.losses.cells`. What the paper leaves open is in
+`F2SGDConfig`, with the printed form kept: channels, activations, and whether the detector sees
+anything but S^a. With `evidence` it also reads the relevance of the frames: a cell starts with the
+sum of its frames' logits, which is what the best interval would be if S^a said nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tvg_lib.errors import ConfigurationError
+from tvg_lib.models.alignment import Alignment
+from tvg_lib.nn.square import SquareConvolution
+
+
+def similarity_map(features: Tensor, mask: Tensor) -> Tensor:
+    """S^a (Q, T, T): cosines between aligned frames, zero where a frame is invalid.
+
+    Args:
+        features: (Q, T, D) V^a.
+        mask: (Q, T).
+    """
+    unit = F.normalize(features, dim=-1, eps=1e-8) * mask[..., None]
+    return unit @ unit.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class CellScores:
+    """One score per candidate moment: P of equation 13, before any sigmoid.
+
+    Attributes:
+        logits: (Q, T, W). Cell (i, j) is the moment of frames i to j, or, where `banded`, of frames
+            i to i + j.
+        mask: (Q, T, W) True where the moment exists: i <= j, both frames real.
+        relevance: (Q, T) of the alignment.
+        banded: how columns are counted.
+    """
+
+    logits: Tensor
+    mask: Tensor
+    relevance: Tensor
+    banded: bool = False
+
+    @property
+    def saliency(self) -> Tensor:
+        """(Q, T) scores of the frames as highlights."""
+        return self.relevance
+
+    def ranked(self, keep: int) -> tuple[Tensor, Tensor]:
+        """The `keep` best moments, equation 15.
+
+        Returns:
+            moments (Q, K, 2) in grid-index units, from the first frame's start to the last one's
+            end, and scores (Q, K) in (0, 1), best first; -inf where there are no more.
+        """
+        columns = self.logits.shape[-1]
+        flat = self.logits.float().masked_fill(~self.mask, -torch.inf).flatten(1)
+        top, index = flat.topk(min(keep, flat.shape[1]), dim=1)
+        # Shares of a softmax over all moments: no two logits become one score, as in a sigmoid.
+        scores = (top - flat.logsumexp(1, keepdim=True)).exp()
+        scores = scores.masked_fill(top == -torch.inf, -torch.inf)
+        first, last = index // columns, index % columns
+        if self.banded:
+            last = first + last
+        return torch.stack([first - 0.5, last + 0.5], dim=-1), scores
+
+
+@dataclass(frozen=True)
+class F2SGDConfig:
+    """Size of the detector and what it reads.
+
+    Attributes:
+        kernel: C of both convolutions, odd.
+        channels: of the convolutions.
+        hidden: width of the MLP.
+        evidence: read the frames' relevance beside S^a (see the module's docstring).
+        dropout: of the convolutions' output.
+        band: longer videos are scored for moments of at most this many frames, in memory linear in
+            their length; None scores all moments of any video at once.
+    """
+
+    kernel: int = 21
+    channels: int = 16
+    hidden: int = 32
+    evidence: bool = True
+    dropout: float = 0.0
+    band: int | None = 256
+
+    def __post_init__(self) -> None:
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ConfigurationError(f"F2SGDConfig.kernel is odd, found {self.kernel}")
+        if self.band is not None and self.band < 1:
+            raise ConfigurationError(f"F2SGDConfig.band is positive, found {self.band}")
+
+
+class F2SGD(nn.Module):
+    """Two convolutions with a large kernel and an MLP on the similarity map; a detector."""
+
+    def __init__(self, config: F2SGDConfig) -> None:
+        super().__init__()
+        self.config = config
+        planes = 3 if config.evidence else 1
+        self.convolutions = nn.ModuleList(
+            [
+                SquareConvolution(planes, config.channels, config.kernel),
+                SquareConvolution(config.channels, config.channels, config.kernel),
+            ]
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.channels + (planes if config.evidence else 0), config.hidden),
+            nn.ReLU(),
+            nn.Linear(config.hidden, 1),
+        )
+        for layer in (self.mlp[0], self.mlp[2]):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        if config.evidence:
+            nn.init.zeros_(self.mlp[2].weight)
+            self.gain = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, alignment: Alignment) -> CellScores:
+        """Scores of all moments; of those in the band, where the video is longer than the band."""
+        band, steps = self.config.band, alignment.mask.shape[1]
+        if band is not None and steps > band:
+            return self.banded(alignment, band)
+        return self.dense(alignment)
+
+    def dense(self, alignment: Alignment) -> CellScores:
+        """Scores of all T x T cells."""
+        steps = alignment.mask.shape[1]
+        index = torch.arange(steps, device=alignment.mask.device)
+        logits, square = self._window(alignment, index, index)
+        mask = square & (index[:, None] <= index)
+        return CellScores(logits, mask, alignment.relevance)
+
+    def banded(self, alignment: Alignment, band: int, tile: int = 128) -> CellScores:
+        """Scores of all moments of at most `band` frames, equal to those of `dense`.
+
+        The map is cut into tiles along the diagonal, each with the margin that two kernels reach
+        over; cells beyond the video are zero there as they are at the edge of the whole map.
+
+        Args:
+            alignment: of videos of any length.
+            band: longest moment, in frames.
+            tile: first frames per tile.
+        """
+        mask, steps = alignment.mask, alignment.mask.shape[1]
+        device = mask.device
+        margin = self.config.kernel // 2 * 2
+        offsets = torch.arange(band, device=device)
+        pieces = []
+        for start in range(0, steps, tile):
+            count = min(tile, steps - start)
+            low = max(0, start - margin)
+            rows = torch.arange(low, min(steps, start + count + margin), device=device)
+            columns = torch.arange(low, min(steps, start + count + band + margin), device=device)
+            logits, _ = self._window(alignment, rows, columns)
+            first = torch.arange(start, start + count, device=device)
+            last = (first[:, None] + offsets).clamp(max=int(columns[-1])) - low
+            pieces.append(logits[:, (first - low)[:, None], last])
+        logits = torch.cat(pieces, dim=1)  # (Q, T, band)
+        last = torch.arange(steps, device=device)[:, None] + offsets
+        exists = mask[:, last.clamp(max=steps - 1)] & (last < steps) & mask[..., None]
+        return CellScores(logits, exists, alignment.relevance, banded=True)
+
+    def _window(self, alignment: Alignment, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and validity (Q, N, M) of the cells of some consecutive rows and columns."""
+        unit = F.normalize(alignment.features, dim=-1, eps=1e-8)
+        similar = unit[:, rows] @ unit[:, columns].transpose(1, 2)
+        valid = alignment.mask[:, rows, None] & alignment.mask[:, None, columns]
+        planes = [similar]
+        if self.config.evidence:
+            total = self._evidence(alignment, rows, columns)
+            length = (columns - rows[:, None]).abs() + 1.0
+            # Sums grow with the length: their mean, and the length itself, on scales near 1.
+            planes += [total / length, (length.log() - 2.0).expand_as(similar)]
+        x = torch.stack(planes, dim=1)  # (Q, P, N, M)
+        square = valid[:, None]
+        h = x
+        for convolution in self.convolutions:
+            h = F.relu(convolution(h, square))
+        h = self.dropout(h)
+        if self.config.evidence:
+            h = torch.cat([h, x], dim=1)
+        logits = self.mlp(h.movedim(1, -1)).squeeze(-1)
+        if self.config.evidence:
+            logits = logits + self.gain * total
+        return logits, valid
+
+    @staticmethod
+    def _evidence(alignment: Alignment, rows: Tensor, columns: Tensor) -> Tensor:
+        """(Q, N, M) sum of the frames' relevance from the smaller to the larger of i and j."""
+        sums = F.pad(alignment.relevance, (1, 0)).cumsum(1)
+        first = torch.minimum(rows[:, None], columns)
+        last = torch.maximum(rows[:, None], columns)
+        return sums[:, last + 1] - sums[:, first]
