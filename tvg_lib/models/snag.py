@@ -134,13 +134,14 @@ class VideoTransformer(nn.Module):
         """Args: x (B, T, C_in), mask (B, T); any T, padded here to a multiple of every stride."""
         x, mask = pad_time(x, mask, self.multiple)
         x, mask = self.embedding(x, mask)
+        base = x
         levels, masks = [], []
         for number, block in enumerate(self.blocks):
             x, mask = block(x, mask)
             if number >= self.stem_layers:
                 levels.append(x)
                 masks.append(mask)
-        return Pyramid(tuple(levels), tuple(masks), self.embedding.stride)
+        return Pyramid(tuple(levels), tuple(masks), self.embedding.stride, base=base)
 
 
 @dataclass(frozen=True)
