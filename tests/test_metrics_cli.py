@@ -137,13 +137,13 @@ GOOD_LINE = json.dumps(PREDICTIONS[0]).encode()
 BAD_FILES = {
     "empty": (b"", "expected at least one entry, found none"),
     "blank": (b"\n \n", "expected at least one entry, found none"),
-    "not JSON": (GOOD_LINE + b"\n{'qid': 1}\n", "line 2: expected one JSON object, found invalid"),
-    "cut off": (GOOD_LINE + b"\n" + GOOD_LINE[:-9], "line 2: expected one JSON object"),
-    "a list": (b"[1, 2]", "line 1: expected one JSON object, found [1, 2]"),
-    "one JSON array over lines": (b"[\n" + GOOD_LINE + b"\n]", "line 1: expected one JSON object"),
-    "nested too deeply": (b"[" * 200_000, "line 1: expected one JSON object"),
-    "an endless number": (b'{"qid": ' + b"1" * 9999 + b"}", "line 1: expected one JSON object"),
-    "not text": (b"\xff\xfe\x00", "expected JSON lines in UTF-8"),
+    "not JSON": (GOOD_LINE + b"\n{'qid': 1}\n", "line 2: not valid JSON"),
+    "cut off": (GOOD_LINE + b"\n" + GOOD_LINE[:-9], "line 2: not valid JSON"),
+    "a list": (b"[1, 2]", "line 1: expected an object, found list [1, 2]"),
+    "one JSON array over lines": (b"[\n" + GOOD_LINE + b"\n]", "line 1: not valid JSON"),
+    "nested too deeply": (b"[" * 200_000, "line 1: not valid JSON"),
+    "an endless number": (b'{"qid": ' + b"1" * 9999 + b"}", "line 1: not valid JSON"),
+    "not text": (b"\xff\xfe\x00", "cannot be read as UTF-8 text"),
     "NaN": (
         GOOD_LINE.replace(b"0.9]", b"NaN]"),
         "line 1: expected pred_relevant_windows[0] to be [start, end, score] of finite numbers, "

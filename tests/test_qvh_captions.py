@@ -304,7 +304,7 @@ def test_captions_are_asked_as_queries(root: Path, dataset: GroundingDataset) ->
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (b"not json", "line 1: not JSON"),
+        (b"not json", "line 1: not valid JSON"),
         (b"[1, 2]", "line 1: expected an object"),
         (b'{"moment": 0, "description": " "}', "expected {"),
         (b'{"moment": 1, "description": "x"}', "without a gap"),

@@ -22,7 +22,6 @@ describes the seconds [2 i, 2 i + 2), and the last seconds of such a video have 
 """
 
 import hashlib
-import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +46,7 @@ from tvg_lib.encoders.sentence import (
     cached_tokens,
 )
 from tvg_lib.errors import DataError
+from tvg_lib.json_fields import decode, json_lines, read_text
 from tvg_lib.moments import QVHIGHLIGHTS_2S
 
 Split = Literal["val", "test"]
@@ -169,7 +169,7 @@ def _download_test_captions(root: Path, host: str, pause: float) -> None:
     if target.exists():
         return
     parts = root / f"{TEST_CAPTIONS.name}.parts"
-    names = sorted({f"{row['vid']}.jsonl" for row in _json_lines(root / "test.jsonl")})
+    names = sorted({f"{row['vid']}.jsonl" for row in _rows(root / "test.jsonl")})
 
     def get(name: str) -> None:
         address = f"{host}/{TEST_CAPTIONS.address}/{quote(name)}"
@@ -206,22 +206,9 @@ def _check_split(split: str) -> None:
         raise DataError(f"QVH-captions has the splits {' and '.join(SPLITS)}, found {split!r}")
 
 
-def _json_lines(path: Path) -> Iterator[dict]:
+def _rows(path: Path) -> Iterator[dict]:
     """The objects of a JSON-lines file, in order."""
-    yield from _parse_lines(path.read_bytes(), str(path))
-
-
-def _parse_lines(data: bytes, name: str) -> Iterator[dict]:
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{name}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{name}, line {number}: expected an object, found {line[:40]!r}")
-        yield row
+    return (row for _, row in json_lines(read_text(path), str(path)))
 
 
 def _caption_files(root: Path, split: Split) -> dict[str, bytes]:
@@ -244,7 +231,7 @@ def _caption_files(root: Path, split: Split) -> dict[str, bytes]:
 def _captions_of(name: str, data: bytes) -> list[str]:
     """The captions of one video; they must be numbered 0, 1, 2, ..."""
     texts: dict[int, str] = {}
-    for row in _parse_lines(data, name):
+    for _, row in json_lines(decode(data, name), name):
         index, text = row.get("moment"), row.get("description")
         if not isinstance(index, int) or not isinstance(text, str) or not text.strip():
             raise DataError(
@@ -291,7 +278,7 @@ def paraphrases(split: Split, root: Path | None = None) -> Mapping[str, Sequence
     _check_split(split)
     path = _require((folder() if root is None else root) / f"paraphrases_{split}.jsonl")
     found: dict[str, list[str]] = {}
-    for row in _json_lines(path):
+    for row in _rows(path):
         texts = row.get("rephrased_query")
         if "qid" not in row or not isinstance(texts, list) or not all(texts):
             raise DataError(f"{path}: expected qid and rephrased_query, found {row!r}")

@@ -22,12 +22,10 @@ of policy is always an error: text where a number belongs, an id that occurs twi
 name, NaN, a missing field. Errors name file and line or video.
 """
 
-import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from math import isfinite
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,18 @@ import numpy as np
 from tvg_lib.data.dataset import GroundingDataset, Query, Saliency, Video
 from tvg_lib.data.features import FeatureStore, check_id
 from tvg_lib.errors import DataError
+from tvg_lib.json_fields import (
+    field_of,
+    json_lines,
+    json_list,
+    json_number,
+    json_object,
+    json_text,
+    positive_number,
+    read_json,
+    read_text,
+    text_lines,
+)
 from tvg_lib.moments import QVHIGHLIGHTS_2S, TimeGrid
 
 _log = logging.getLogger(__name__)
@@ -246,16 +256,18 @@ def read_snag(
         DataError: see the module.
     """
     path = Path(path)
-    content = _object(_read_json(path), str(path))
+    content = json_object(read_json(path), str(path))
     if "database" in content:
         groups: dict[str, dict[str, Any]] = {}
-        for video_id, entry in _object(content["database"], f"{path}: 'database'").items():
+        for video_id, entry in json_object(content["database"], f"{path}: 'database'").items():
             where = f"{path}: video {video_id!r}"
-            subset = _text(_get(_object(entry, where), "subset", where), f"{where}: 'subset'")
+            subset = json_text(
+                field_of(json_object(entry, where), "subset", where), f"{where}: 'subset'"
+            )
             groups.setdefault(subset, {})[video_id] = entry
     else:
         groups = {
-            key: _object(value, f"{path}: split {key!r}")
+            key: json_object(value, f"{path}: split {key!r}")
             for key, value in content.items()
             if key != "version"
         }
@@ -271,22 +283,26 @@ def read_snag(
 
 def _snag_video(builder: "_Builder", video_id: str, entry: Any) -> None:
     where = f"{builder.path}: video {video_id!r}"
-    entry = _object(entry, where)
-    fps = _positive(_get(entry, "fps", where), f"{where}: 'fps'")
+    entry = json_object(entry, where)
+    fps = positive_number(field_of(entry, "fps", where), f"{where}: 'fps'")
     if "duration" in entry:
-        duration = _positive(entry["duration"], f"{where}: 'duration'")
+        duration = positive_number(entry["duration"], f"{where}: 'duration'")
     else:
-        duration = _positive(_get(entry, "num_frames", where), f"{where}: 'num_frames'") / fps
+        duration = (
+            positive_number(field_of(entry, "num_frames", where), f"{where}: 'num_frames'") / fps
+        )
     builder.video(video_id, duration, fps)
-    for number, item in enumerate(_list(entry.get("annotations", []), f"{where}: 'annotations'")):
+    for number, item in enumerate(
+        json_list(entry.get("annotations", []), f"{where}: 'annotations'")
+    ):
         place = f"{where}, annotation {number}"
-        item = _object(item, place)
+        item = json_object(item, place)
         builder.query(
             place,
             query_id=item.get("sentence_id", f"{video_id}_{number:04d}"),
             video_id=video_id,
-            text=_get(item, "sentence", place),
-            windows=[_get(item, "segment", place)],
+            text=field_of(item, "sentence", place),
+            windows=[field_of(item, "segment", place)],
         )
 
 
@@ -307,20 +323,18 @@ def read_qvhighlights(
     """
     path = Path(path)
     builder = _Builder(path, name or path.stem, strict)
-    for number, line in _lines(path):
-        where = f"{path}:{number}"
-        entry = _object(_parse_json(line, where), where)
-        query_id = _get(entry, "qid", where)
-        video_id = check_id(_get(entry, "vid", where), where)
-        duration = _positive(_get(entry, "duration", where), f"{where}: 'duration'")
+    for where, entry in json_lines(read_text(path), str(path)):
+        query_id = field_of(entry, "qid", where)
+        video_id = check_id(field_of(entry, "vid", where), where)
+        duration = positive_number(field_of(entry, "duration", where), f"{where}: 'duration'")
         builder.video(video_id, duration, where=where)
         windows = entry.get("relevant_windows")
         builder.query(
             where,
             query_id=str(query_id) if type(query_id) is int else query_id,
             video_id=video_id,
-            text=_get(entry, "query", where),
-            windows=None if windows is None else _list(windows, f"{where}: 'relevant_windows'"),
+            text=field_of(entry, "query", where),
+            windows=None if windows is None else json_list(windows, f"{where}: 'relevant_windows'"),
             saliency=_saliency(entry, duration, where),
         )
     annotations = builder.finish()
@@ -331,9 +345,9 @@ def read_qvhighlights(
 def _saliency(entry: Mapping[str, Any], duration: float, where: str) -> Saliency | None:
     if "saliency_scores" not in entry:
         return None
-    clips = _list(_get(entry, "relevant_clip_ids", where), f"{where}: 'relevant_clip_ids'")
-    scores = _list(entry["saliency_scores"], f"{where}: 'saliency_scores'")
-    rows = [_list(row, f"{where}: 'saliency_scores'") for row in scores]
+    clips = json_list(field_of(entry, "relevant_clip_ids", where), f"{where}: 'relevant_clip_ids'")
+    scores = json_list(entry["saliency_scores"], f"{where}: 'saliency_scores'")
+    rows = [json_list(row, f"{where}: 'saliency_scores'") for row in scores]
     if len(clips) != len(rows):
         raise DataError(f"{where}: {len(clips)} relevant_clip_ids but {len(rows)} saliency_scores")
     if len({len(row) for row in rows}) > 1:
@@ -363,11 +377,11 @@ def read_tacos(path: Source, *, name: str | None = None, strict: bool = False) -
     """
     path = Path(path)
     builder = _Builder(path, name or path.stem, strict)
-    for key, entry in _object(_read_json(path), str(path)).items():
+    for key, entry in json_object(read_json(path), str(path)).items():
         where = f"{path}: video {key!r}"
-        entry = _object(entry, where)
-        fps = _positive(_get(entry, "fps", where), f"{where}: 'fps'")
-        frames = _positive(_get(entry, "num_frames", where), f"{where}: 'num_frames'")
+        entry = json_object(entry, where)
+        fps = positive_number(field_of(entry, "fps", where), f"{where}: 'fps'")
+        frames = positive_number(field_of(entry, "num_frames", where), f"{where}: 'num_frames'")
         builder.video(video_id := key.removesuffix(".avi"), frames / fps, fps)
         _paired_lists(builder, entry, video_id, where, per_second=fps)
     return builder.finish()
@@ -381,10 +395,12 @@ def read_activitynet(path: Source, *, name: str | None = None, strict: bool = Fa
     """
     path = Path(path)
     builder = _Builder(path, name or path.stem, strict)
-    for video_id, entry in _object(_read_json(path), str(path)).items():
+    for video_id, entry in json_object(read_json(path), str(path)).items():
         where = f"{path}: video {video_id!r}"
-        entry = _object(entry, where)
-        builder.video(video_id, _positive(_get(entry, "duration", where), f"{where}: 'duration'"))
+        entry = json_object(entry, where)
+        builder.video(
+            video_id, positive_number(field_of(entry, "duration", where), f"{where}: 'duration'")
+        )
         _paired_lists(builder, entry, video_id, where, per_second=1)
     return builder.finish()
 
@@ -400,8 +416,8 @@ def _paired_lists(
 
     `per_second` is how many units of the timestamps make a second.
     """
-    stamps = _list(_get(entry, "timestamps", where), f"{where}: 'timestamps'")
-    sentences = _list(_get(entry, "sentences", where), f"{where}: 'sentences'")
+    stamps = json_list(field_of(entry, "timestamps", where), f"{where}: 'timestamps'")
+    sentences = json_list(field_of(entry, "sentences", where), f"{where}: 'sentences'")
     if len(stamps) != len(sentences):
         raise DataError(f"{where}: {len(stamps)} timestamps but {len(sentences)} sentences")
     for number, (stamp, sentence) in enumerate(zip(stamps, sentences, strict=True)):
@@ -411,7 +427,7 @@ def _paired_lists(
             query_id=f"{video_id}_{number:04d}",
             video_id=video_id,
             text=sentence,
-            windows=[[_number(x, place) / per_second for x in _list(stamp, place)]],
+            windows=[[json_number(x, place) / per_second for x in json_list(stamp, place)]],
         )
 
 
@@ -441,8 +457,8 @@ def read_charades(
     path = Path(path)
     builder = _Builder(path, name or path.stem, strict)
     counts: dict[str, int] = {}
-    for number, line in _lines(path):
-        where = f"{path}:{number}"
+    for number, line in text_lines(read_text(path)):
+        where = f"{path}, line {number}"
         head, mark, sentence = line.partition("##")
         parts = head.split()
         if not mark or len(parts) != 3:
@@ -453,7 +469,7 @@ def read_charades(
         except ValueError:
             raise DataError(f"{where}: expected two numbers, found {parts[1:]}") from None
         if video_id in durations:
-            duration = _positive(durations[video_id], f"the duration of {video_id!r}")
+            duration = positive_number(durations[video_id], f"the duration of {video_id!r}")
             builder.video(video_id, duration, where=where)
         order = counts[video_id] = counts.get(video_id, -1) + 1
         builder.query(
@@ -511,7 +527,7 @@ class _Builder:
         if query_id in self.queries:
             raise DataError(f"{where}: the query id {query_id!r} occurs twice")
         spans = [self._pair(window, where) for window in windows or ()]
-        text = _text(text, f"{where}: the sentence").strip()
+        text = json_text(text, f"{where}: the sentence").strip()
         if not text:
             self._count("queries_without_text", f"{where}: the sentence is blank")
             return
@@ -529,10 +545,10 @@ class _Builder:
         self.queries[query_id] = Query(query_id, video_id, text, moments, saliency)
 
     def _pair(self, window: Any, where: str) -> tuple[float, float]:
-        values = _list(window, f"{where}: a moment")
+        values = json_list(window, f"{where}: a moment")
         if len(values) != 2:
             raise DataError(f"{where}: a moment is [start, end], found {values!r}"[:300])
-        return _number(values[0], f"{where}: start"), _number(values[1], f"{where}: end")
+        return json_number(values[0], f"{where}: start"), json_number(values[1], f"{where}: end")
 
     def _fit(
         self, start: float, end: float, video_id: str, where: str
@@ -578,88 +594,3 @@ class _Builder:
             self.tally,
             {key: fps for key, fps in self.fps.items() if key in asked},
         )
-
-
-# Fields --------------------------------------------------------------------------------------
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines that are not blank; only a line feed ends a line, as json allows others."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line.strip():
-            yield number, line.strip()
-
-
-def _read_json(path: Path) -> Any:
-    return _parse_json(_read_text(path), str(path))
-
-
-def _parse_json(text: str, where: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise DataError(f"{where}: the key {twice!r} occurs twice in one object")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except DataError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON: {error}") from error
-
-
-def _get(entry: Mapping[str, Any], key: str, where: str) -> Any:
-    if key not in entry:
-        raise DataError(f"{where}: expected the field {key!r}, found {sorted(entry)[:12]}")
-    return entry[key]
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__name__} {value!r:.60}"
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected an object, found {_kind(value)}")
-    return value
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise DataError(f"{where}: expected a list, found {_kind(value)}")
-    return value
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: expected text, found {_kind(value)}")
-    return value
-
-
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"{where}: expected a number, found {_kind(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = float("inf")
-    if not isfinite(number):
-        raise DataError(f"{where}: expected a finite number, found {_kind(value)}")
-    return number
-
-
-def _positive(value: Any, where: str) -> float:
-    number = _number(value, where)
-    if number <= 0:
-        raise DataError(f"{where}: expected a positive number, found {number}")
-    return number

@@ -29,7 +29,6 @@ numpy's plain insertion sort gives). It needs a tie at IoU >= 0.5 with two diffe
 disjoint moments allow only when they touch, are equally long and are covered exactly.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
@@ -42,6 +41,7 @@ from typing import Any, NoReturn, TypeGuard
 import numpy as np
 
 from tvg_lib.errors import DataError
+from tvg_lib.json_fields import json_lines, read_text
 from tvg_lib.metrics.recall import pad_windows
 from tvg_lib.metrics.report import MetricReport, percent
 from tvg_lib.moments import interval_iou
@@ -385,26 +385,7 @@ def _rounded(value: float) -> float:
 
 
 def _read_jsonl(path: Path) -> list[_Entry]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected JSON lines in UTF-8, found {error}") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            data = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problem = f"expected one JSON object, found invalid JSON ({error})"
-            raise DataError(f"{where}: {problem}") from error
-        if not isinstance(data, dict):
-            raise DataError(f"{where}: expected one JSON object, found {_shown(data)}")
-        entries.append(_Entry(where, data))
-    return entries
+    return [_Entry(where, data) for where, data in json_lines(read_text(path), str(path))]
 
 
 def _by_id(entries: list[_Entry], name: str) -> dict[Hashable, _Entry]:
