@@ -213,8 +213,7 @@ class _Writer:
         while len(cast) < count:
             actor = Actor(rng.choice(colours), rng.choice(shapes), rng.choice(world.SIZES))
             if self.unseen and rng.random() < _HELD_OUT_SHARE:
-                at = rng.randrange(6)
-                actor = Actor(world.COLOURS[at], world.SHAPES[(at + 2) % 6], actor.size)
+                actor = Actor(*rng.choice(sorted(world.HELD_OUT_ACTORS)), actor.size)
             if actor not in cast and (self.unseen or not actor.held_out):
                 cast.append(actor)
         return cast

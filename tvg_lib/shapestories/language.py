@@ -16,8 +16,8 @@ Words that mean the same are listed once, below; a word has one meaning only, wh
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 from typing import Literal
@@ -26,7 +26,7 @@ import numpy as np
 
 from tvg_lib.errors import DataError
 from tvg_lib.shapestories import world
-from tvg_lib.shapestories.world import Actor, Script
+from tvg_lib.shapestories.world import Actor, Event, Script
 
 COLOUR_WORDS = {
     "red": ("red", "scarlet", "crimson"),
@@ -57,7 +57,7 @@ VERB_WORDS: dict[str, tuple[tuple[str, str], ...]] = {
     "blink": (("blinks", "blinked"), ("flashes", "flashed"), ("flickers", "flickered")),
     "bump": (("bumps into", "bumped into"), ("hits", "hit"), ("knocks against", "knocked against")),
     "circle": (("circles round", "circled round"), ("orbits", "orbited")),
-    "follow": (("follows", "followed"), ("trails", "trailed"), ("walks after", "walked after")),
+    "follow": (("follows", "followed"), ("trails", "trailed"), ("tails", "tailed")),
     "hide": (("hides behind", "hidden behind"), ("ducks behind", "ducked behind")),
     "keep-jump": (("keeps jumping", "kept jumping"), ("keeps hopping", "kept hopping")),
     "keep-spin": (("keeps spinning", "kept spinning"), ("keeps rotating", "kept rotating")),
@@ -89,9 +89,6 @@ PRESENT_WORDS = ("is on stage", "is in the picture", "is there")
 ORDINALS = {1: "first", 2: "second", 3: "third", 4: "fourth", -1: "last"}
 ASKED_WEATHERS = tuple(kind for kind in world.WEATHERS if kind != "clear")
 
-Level = Literal["action", "activity", "scene", "relation", "several"]
-LEVELS: tuple[Level, ...] = ("action", "activity", "scene", "relation", "several")
-
 
 # --- meanings -------------------------------------------------------------------------------------
 
@@ -120,6 +117,13 @@ class Deed:
     verb: str
     who: Who
     whom: Who | None = None
+
+    def ordered(self) -> "Deed":
+        """Of two equal ways to mean the same ("A and B dance", "B and A dance"), one."""
+        if self.whom is None or self.verb not in world.SYMMETRIC:
+            return self
+        first, second = sorted((self.who, self.whom), key=repr)
+        return Deed(self.verb, first, second)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,23 +161,6 @@ class Relative:
 Meaning = Deed | Presence | Setting | Nth | Relative
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
-    """A question about a film with its true answer.
-
-    Attributes:
-        text: the question.
-        meaning: what it says.
-        level: of what it asks; "several" where it has more than one answer.
-        moments: (M, 2) seconds, in order.
-    """
-
-    text: str
-    meaning: Meaning
-    level: Level
-    moments: np.ndarray = field(repr=False)
-
-
 # --- answers --------------------------------------------------------------------------------------
 
 
@@ -194,22 +181,14 @@ def answer(meaning: Meaning, script: Script) -> np.ndarray:
     if isinstance(meaning, Presence):
         stays = [(s.start, s.end) for s in script.stays if meaning.who.fits(script.cast[s.actor])]
         return _joined(stays)
-    events = script.activities if meaning.verb in world.ACTIVITIES else script.actions
-    found = [
-        (event.start, event.end)
-        for event in events
-        if event.verb == meaning.verb
-        and _takes_part(meaning, script.cast[event.actor], _cast(script, event.partner))
-    ]
-    return _joined(found)
+    found = [e for e in script.by_verb[meaning.verb] if describes(meaning, script, e)]
+    return _joined([(event.start, event.end) for event in found])
 
 
-def _cast(script: Script, actor: int | None) -> Actor | None:
-    return None if actor is None else script.cast[actor]
-
-
-def _takes_part(deed: Deed, actor: Actor, partner: Actor | None) -> bool:
-    """Whether a deed describes an event of these two."""
+def describes(deed: Deed, script: Script, event: Event) -> bool:
+    """Whether the actors of an event of a deed's verb are those that the deed names."""
+    actor = script.cast[event.actor]
+    partner = None if event.partner is None else script.cast[event.partner]
     if partner is None or deed.whom is None:
         return partner is None and deed.whom is None and deed.who.fits(actor)
     if deed.who.fits(actor) and deed.whom.fits(partner):
@@ -422,16 +401,8 @@ def _simple(sentence: str) -> Deed | Presence | Setting | None:
         pair = verb in world.TOGETHER or verb in world.PAIR_ACTIVITIES
         second = also if verb in world.SYMMETRIC else whom
         if (second is not None) == pair and (also is None or whom is None):
-            return _ordered(Deed(verb, _who(first), _who(second) if second else None))
+            return Deed(verb, _who(first), _who(second) if second else None).ordered()
     return None
-
-
-def _ordered(deed: Deed) -> Deed:
-    """Of two equal ways to mean the same, one."""
-    if deed.whom is None or deed.verb not in world.SYMMETRIC:
-        return deed
-    first, second = sorted((deed.who, deed.whom), key=repr)
-    return Deed(deed.verb, first, second)
 
 
 def _who(phrase: str) -> Who:

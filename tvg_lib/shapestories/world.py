@@ -38,8 +38,8 @@ DAYLIGHTS = ("day", "sunset", "night", "dawn")
 WEATHERS = ("clear", "rain", "snow", "fog", "storm")
 
 # Combinations that occur in test films only. Every colour, shape and action is known from training.
-_HELD_OUT_ACTORS = frozenset((COLOURS[i], SHAPES[(i + 2) % 6]) for i in range(6))
-_HELD_OUT_DEEDS = frozenset(
+HELD_OUT_ACTORS = frozenset((COLOURS[i], SHAPES[(i + 2) % 6]) for i in range(6))
+HELD_OUT_DEEDS = frozenset(
     {("circle", "blink"), ("square", "spin"), ("triangle", "grow"), ("star", "jump")}
     | {("cross", "circle"), ("diamond", "bump"), ("star", "follow"), ("circle", "hide")}
 )
@@ -56,11 +56,11 @@ class Actor:
     @property
     def held_out(self) -> bool:
         """Whether this colour and shape come together in test films only."""
-        return (self.colour, self.shape) in _HELD_OUT_ACTORS
+        return (self.colour, self.shape) in HELD_OUT_ACTORS
 
     def may(self, action: str, unseen: bool) -> bool:
         """Whether this actor may do an action; some shapes do some actions in test films only."""
-        return unseen or (self.shape, action) not in _HELD_OUT_DEEDS
+        return unseen or (self.shape, action) not in HELD_OUT_DEEDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,18 +151,13 @@ class Script:
             raise DataError(f"not a script: {error!r}, found {text[:60]!r}") from error
 
     @cached_property
-    def actions_of_activities(self) -> tuple[tuple[Event, ...], ...]:
-        """The actions that each activity is made of."""
-        return tuple(
-            tuple(
-                action
-                for action in self.actions
-                if action.actor in (whole.actor, whole.partner)
-                and whole.start <= action.start
-                and action.end <= whole.end
-            )
-            for whole in self.activities
-        )
+    def by_verb(self) -> dict[str, tuple[Event, ...]]:
+        """Actions and activities of every verb, in order of their start."""
+        events = (*self.actions, *self.activities)
+        return {
+            verb: tuple(event for event in events if event.verb == verb)
+            for verb in (*ACTIONS, *ACTIVITIES)
+        }
 
     def __repr__(self) -> str:
         return (
