@@ -38,30 +38,46 @@ def anchor_contrast(
     gap_ratio: float = 0.2,
     negative_ratio: float | None = None,
     temperature: float = 0.07,
+    stride: int = 2,
+    hard_negatives: bool = False,
+    across_videos: bool = False,
 ) -> Tensor:
     """ACC of one level.
 
     Args:
-        tokens: (B, N * s, D) unit vectors; anchor n summarises tokens n * s ... n * s + s - 1.
-        token_mask: (B, N * s).
-        anchors: (B, N, D) unit vectors; anchor_mask (B, N).
+        tokens: (B, T, D) unit vectors; anchor n summarises tokens n * stride to
+            n * stride + stride - 1.
+        token_mask: (B, T).
+        anchors: (B, N, D) unit vectors, N = ceil(T / stride); anchor_mask (B, N).
         gap_ratio: negatives are anchors of the same video more than max(1, gap_ratio * N) away.
-        negative_ratio: random negatives per positive token; None takes every admissible one.
+        negative_ratio: negatives per positive token; None takes every admissible one.
         temperature: tau.
+        stride: tokens per anchor.
+        hard_negatives: take the admissible anchors most similar instead of random ones.
+        across_videos: anchors of the batch's other videos are admissible, too.
 
     Returns:
         The mean over valid anchors; one without negatives counts as 0.
     """
     batch, count, width = anchors.shape
-    stride = tokens.shape[1] // count
-    own = torch.einsum("bnd,bnsd->bns", anchors, tokens.view(batch, count, stride, width))
-    positive = token_mask.view(batch, count, stride)
+    missing = count * stride - tokens.shape[1]
+    own = F.pad(tokens, (0, 0, 0, missing)).view(batch, count, stride, width)
+    own = torch.einsum("bnd,bnsd->bns", anchors, own)
+    positive = F.pad(token_mask, (0, missing)).view(batch, count, stride)
     place = torch.arange(count, device=anchors.device)
     far = (place[:, None] - place).abs() > max(1, int(gap_ratio * count))
-    negative = (far & anchor_mask[:, None]).expand(batch, count, count)
+    if across_videos:
+        video = torch.arange(batch, device=anchors.device)
+        far = far[:, None] | (video[:, None, None] != video[:, None])[:, None]  # (B, N, N', B')
+        others = torch.einsum("bnd,cmd->bncm", anchors, anchors).flatten(2)
+        negative = far.transpose(2, 3).flatten(2) & anchor_mask.flatten()
+    else:
+        others = anchors @ anchors.transpose(1, 2)
+        negative = (far & anchor_mask[:, None]).expand(batch, count, count)
     if negative_ratio is not None:
-        negative = random_subset(negative, ceil(negative_ratio * stride))
-    others = anchors @ anchors.transpose(1, 2)
+        wanted = (negative_ratio * positive.sum(2, keepdim=True)).ceil().clamp(min=1)
+        score = others.detach() if hard_negatives else None
+        negative = _subset(negative, wanted, ceil(max(1, negative_ratio * stride)), score)
     loss = _log_ratio(own / temperature, positive, others / temperature, negative)
     return loss.masked_fill(~anchor_mask, 0.0).sum() / anchor_mask.sum().clamp(min=1)
 
@@ -79,14 +95,15 @@ def segment_contrast(
         features: (Q, P, D) unit vectors of the points of each query's video.
         positive: (Q, P) points of the moment: the centre-sampled ones in the released code.
         negative: (Q, P) valid points outside the whole annotated moment.
-        negative_ratio: random negatives per positive; None takes every one.
+        negative_ratio: random negatives per positive, rounded down; None takes every one.
         temperature: tau.
 
     Returns:
         The mean over the queries that have both kinds; 0 where none has.
     """
     if negative_ratio is not None:
-        negative = random_subset(negative, (negative_ratio * positive.sum(1, keepdim=True)).ceil())
+        wanted = (negative_ratio * positive.sum(1, keepdim=True)).floor()
+        negative = random_subset(negative, wanted)
     mean = (features * positive[..., None]).sum(1) / positive.sum(1, keepdim=True).clamp(min=1)
     similarity = torch.einsum("qd,qpd->qp", F.normalize(mean, dim=-1), features) / temperature
     loss = _log_ratio(similarity, positive, similarity, negative)
@@ -104,9 +121,19 @@ def random_subset(candidates: Tensor, count: int | Tensor) -> Tensor:
     Returns:
         (..., N) boolean.
     """
-    order = torch.rand(candidates.shape, device=candidates.device).masked_fill(~candidates, 2.0)
-    rank = order.argsort(dim=-1).argsort(dim=-1)
-    return candidates & (rank < count)
+    return _subset(candidates, count, int(torch.as_tensor(count).max()))
+
+
+def _subset(
+    candidates: Tensor, count: int | Tensor, most: int, score: Tensor | None = None
+) -> Tensor:
+    """Up to `count`, at most `most`, of the True entries: of highest score, or at random."""
+    if score is None:
+        score = torch.rand(candidates.shape, device=candidates.device)
+    best = score.masked_fill(~candidates, -torch.inf).topk(min(most, candidates.shape[-1]), dim=-1)
+    rank = torch.arange(best.indices.shape[-1], device=candidates.device)
+    kept = (rank < count) & (best.values > -torch.inf)
+    return torch.zeros_like(candidates).scatter(-1, best.indices, kept)
 
 
 def _log_ratio(
