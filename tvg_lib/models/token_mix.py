@@ -19,9 +19,9 @@ def tube_token_mix(video: Tensor, mask: Tensor, groups: int = 16, beta: float = 
     """Each video mixed with another of the batch by one mask that is constant in time.
 
     Tube TokenMix takes the same patches of every frame from the other video: its masks are tubes
-    through time. Clip features have no patches, so the tokens are equal groups of channels. The share
-    taken is drawn from Beta(beta, beta) for the whole batch, as there; but as a video keeps its
-    moments here, it always keeps the larger part of its tokens.
+    through time. Clip features have no patches, so the tokens are equal groups of channels. The
+    share taken is drawn from Beta(beta, beta) for the whole batch, as there; but as a video keeps
+    its moments here, it always keeps the larger part of its tokens.
 
     Args:
         video: (B, T, C); mask (B, T). Where the other video has ended, a video is left as it is.
