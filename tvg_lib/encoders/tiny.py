@@ -1,4 +1,4 @@
-"""A tiny dual encoder: windows of 64 x 64 frames and sentences in one space, CLIP's recipe at toy size.
+"""A tiny dual encoder: windows of frames and sentences in one space, CLIP's recipe at toy size.
 
     frames (N, F, H, W, 3) ─▶ stem, temporal difference ─▶ conv ─▶ space-time conv ─▶ tokens ─┐
                                                                         transformer ─▶ unit vector
@@ -21,7 +21,6 @@ Every sentence that is true of a window is a positive of it, and the positives s
 """
 
 import difflib
-import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 
 from tvg_lib.checkpoints import read_state, write_state
 from tvg_lib.distributed import reduce_sum
+from tvg_lib.encoders.protocols import weights_name
 from tvg_lib.errors import ConfigurationError, DataError
 
 FORMAT = "tvg-companion/tiny-dual-encoder/1"
@@ -109,17 +109,8 @@ def _start(*shape: int) -> nn.Parameter:
     return nn.Parameter(0.02 * torch.randn(*shape))
 
 
-def _weights_name(prefix: str, module: nn.Module, *more: object) -> str:
-    """A name that changes with any weight, so that cached features are never another encoder's."""
-    digest = hashlib.sha256(repr(more).encode())
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return f"{prefix}-{digest.hexdigest()[:16]}"
-
-
 class TinyFrames(nn.Module):
-    """The window encoder; a `tvg_lib.encoders.video.VideoEncoder`."""
+    """The window encoder; a `tvg_lib.encoders.protocols.VideoEncoder`."""
 
     BATCH = 64  # windows at a time in `encode`: some 100 MB of activations
     resize = "fit"
@@ -141,7 +132,7 @@ class TinyFrames(nn.Module):
     @property
     def name(self) -> str:
         """Names the weights."""
-        return _weights_name("tiny-frames", self, self.config)
+        return weights_name("tiny-frames", self, self.config)
 
     @property
     def dim(self) -> int:
@@ -234,7 +225,7 @@ class TinyWords(nn.Module):
     @property
     def name(self) -> str:
         """Names the weights."""
-        return _weights_name("tiny-words", self, self.config, self.vocabulary)
+        return weights_name("tiny-words", self, self.config, self.vocabulary)
 
     @property
     def dim(self) -> int:
