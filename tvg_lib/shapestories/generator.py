@@ -243,7 +243,9 @@ class _Writer:
                 ready = [
                     i
                     for i in range(len(self.cast))
-                    if all(s.end + 1 <= at or end + 1 <= s.start for s in self.stays if s.actor == i)
+                    if all(
+                        s.end + 1 <= at or end + 1 <= s.start for s in self.stays if s.actor == i
+                    )
                 ]
                 if ready:
                     x_now = round(x + rng.uniform(-0.06, 0.06), 3)

@@ -165,7 +165,7 @@ Meaning = Deed | Presence | Setting | Nth | Relative
 
 
 def answer(meaning: Meaning, script: Script) -> np.ndarray:
-    """(M, 2) seconds of all moments that a meaning describes, in order; overlapping ones are joined.
+    """(M, 2) seconds of all moments that a meaning describes, in order; what overlaps is joined.
 
     M = 0 where nothing in the film fits.
     """

@@ -6,7 +6,6 @@ is known from the scripts, so a sentence that happens to be true of another wind
 against it.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
@@ -18,7 +17,6 @@ from tvg_lib.shapestories.generator import SHORT, write_script
 from tvg_lib.shapestories.language import (
     Deed,
     Meaning,
-    Nth,
     Presence,
     Relative,
     Setting,
@@ -68,7 +66,9 @@ class View:
     def shows(self, meaning: Meaning) -> bool:
         """Whether a meaning is true of the window; one that needs more than a window never is."""
         if isinstance(meaning, Deed):
-            return any(e.verb == meaning.verb and describes(meaning, self.script, e) for e in self.events)
+            return any(
+                e.verb == meaning.verb and describes(meaning, self.script, e) for e in self.events
+            )
         if isinstance(meaning, Presence):
             return any(meaning.who.fits(self.script.cast[stay.actor]) for stay in self.stays)
         if isinstance(meaning, Setting):

@@ -94,7 +94,7 @@ def ask(script: Script, config: StoryConfig) -> tuple[Question, ...]:
 
 
 def unseen(meaning: Meaning) -> bool:
-    """Whether a meaning joins what no training film joins: a colour and shape, or shape and deed."""
+    """Whether a meaning joins a colour and shape, or shape and deed, that no training film joins."""
     if isinstance(meaning, Nth):
         return unseen(meaning.base)
     if isinstance(meaning, Relative):
@@ -117,6 +117,9 @@ def _askable(moments: np.ndarray, duration: float) -> bool:
         1 <= len(moments) <= MOST_MOMENTS
         and lengths.min() >= 1
         and lengths.sum() <= MOST_COVERED * duration
+        # "The first time" would mean "from the very beginning": known without looking.
+        and moments[0, 0] > 0
+        and moments[-1, 1] < duration
     )
 
 
@@ -147,7 +150,9 @@ def _candidates(
         return
     for _ in range(_RELATIONS_TRIED * config.questions):
         base, other = rng.choice(deeds), rng.choice(others)
-        relation = "while" if isinstance(other, Setting) else rng.choice(("after", "before", "while"))
+        relation = (
+            "while" if isinstance(other, Setting) else rng.choice(("after", "before", "while"))
+        )
         if base == other or (relation != "while" and len(answers[other]) > 1):
             continue  # "after it has left" asks for one leave-taking
         meaning = Relative(base, relation, other)
@@ -186,5 +191,7 @@ def _who(script: Script, actor: int, rng: Random, partial: bool) -> Who:
     one = script.cast[actor]
     if partial:
         return Who(colour=one.colour) if rng.random() < 0.5 else Who(shape=one.shape)
-    like = [other for other in script.cast if (other.colour, other.shape) == (one.colour, one.shape)]
+    like = [
+        other for other in script.cast if (other.colour, other.shape) == (one.colour, one.shape)
+    ]
     return Who(one.colour, one.shape, one.size if len(like) > 1 else None)

@@ -400,7 +400,9 @@ def _draw_weather(
     rows = np.flatnonzero(weather == "storm")
     if len(rows):  # darker, with flashes
         flash = (moment[rows] * 7 // 3) % 23 < 2
-        canvas[rows] = canvas[rows] * np.where(flash, 21, 10).astype(np.int16)[:, None, None, None] // 16
+        canvas[rows] = (
+            canvas[rows] * np.where(flash, 21, 10).astype(np.int16)[:, None, None, None] // 16
+        )
     rows = np.flatnonzero(weather == "fog")
     if len(rows):
         share = round(32 * config.fog)

@@ -1,0 +1,142 @@
+"""Whether the benchmark can be cheated, and how hard it is.
+
+    length prior    windows that hit most training moments                `baselines.MomentPrior`
+    query only      the same, from the training questions most like this one
+    script oracle   reads the question and looks the answer up in the script
+    best clip       the clip most like the question lies inside an answer
+
+The first two see no video: what they reach is bias. The oracle shows that every question has the
+answer it is said to have. The last is what the encoder alone can do.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from tvg_lib.baselines import MomentPrior, similarity
+from tvg_lib.data.dataset import GroundingDataset, Query
+from tvg_lib.decoding import Prediction
+from tvg_lib.errors import DataError
+from tvg_lib.shapestories.language import Deed, Meaning, Nth, Presence, Relative, answer, parse
+from tvg_lib.shapestories.world import Script
+
+
+def shape_of(text: str) -> tuple:
+    """What a question asks, whoever acts: the verb, the ordinal, the relation, the setting."""
+    return _shape(parse(text))
+
+
+def _shape(meaning: Meaning) -> tuple:
+    if isinstance(meaning, Nth):
+        return ("nth", meaning.number, *_shape(meaning.base))
+    if isinstance(meaning, Relative):
+        return (meaning.relation, *_shape(meaning.base))
+    if isinstance(meaning, Deed):
+        return ("deed", meaning.verb)
+    if isinstance(meaning, Presence):
+        return ("presence",)
+    return ("setting", meaning.daylight is not None, meaning.weather is not None)
+
+
+@dataclass(frozen=True)
+class QueryOnly:
+    """A predictor that reads the question and sees no video.
+
+    It knows, from the training set, where the answers to questions of the same shape (the same
+    verb, ordinal and relation, whoever acts) mostly are; for shapes it has met too rarely it falls
+    back on the prior of all.
+
+    Attributes:
+        priors: by shape.
+        everywhere: of all questions.
+    """
+
+    priors: Mapping[tuple, MomentPrior] = field(repr=False)
+    everywhere: MomentPrior = field(repr=False)
+
+    @classmethod
+    def fitted(cls, dataset: GroundingDataset, fewest: int = 8) -> "QueryOnly":
+        """Learn from a data set; shapes with fewer than `fewest` questions are left out."""
+        groups: dict[tuple, list[Query]] = {}
+        for query in dataset.queries:
+            groups.setdefault(shape_of(query.text), []).append(query)
+        priors = {
+            shape: MomentPrior.fitted(replace(dataset, queries=tuple(queries)))
+            for shape, queries in groups.items()
+            if len(queries) >= fewest
+        }
+        return cls(priors, MomentPrior.fitted(dataset))
+
+    def predict(self, dataset: GroundingDataset) -> list[Prediction]:
+        """Ranked moments of every query; no feature is read."""
+        groups: dict[tuple, list[Query]] = {}
+        for query in dataset.queries:
+            groups.setdefault(shape_of(query.text), []).append(query)
+        answers = {
+            prediction.query_id: prediction
+            for shape, queries in groups.items()
+            for prediction in self.priors.get(shape, self.everywhere).predict(
+                replace(dataset, queries=tuple(queries))
+            )
+        }
+        return [answers[query.id] for query in dataset.queries]
+
+
+@dataclass(frozen=True)
+class ScriptOracle:
+    """Reads the question with the grammar and looks the answer up in the script."""
+
+    scripts: Mapping[str, Script] = field(repr=False)
+
+    def predict(self, dataset: GroundingDataset) -> list[Prediction]:
+        """The true moments of every query, each with the score 1.
+
+        Raises:
+            DataError: a question is not of the grammar, or a film has no script.
+        """
+        return [self._answer(dataset, query) for query in dataset.queries]
+
+    def _answer(self, dataset: GroundingDataset, query: Query) -> Prediction:
+        if query.video_id not in self.scripts:
+            raise DataError(f"no script of {query.video_id!r} among {len(self.scripts)}")
+        script = self.scripts[query.video_id]
+        moments = answer(parse(query.text), script)
+        return Prediction(
+            query.id,
+            query.video_id,
+            query.text,
+            np.column_stack([moments, np.ones(len(moments))]),
+            truth=query.moments,
+            duration=script.duration,
+        )
+
+
+def best_clip_inside(
+    dataset: GroundingDataset, queries: Iterable[Query] | None = None
+) -> np.ndarray:
+    """(Q,) whether the middle of the clip most like each query lies inside one of its moments.
+
+    Moments shorter than a clip count where the clip covers their middle.
+    """
+    hits = []
+    for query in dataset.queries if queries is None else queries:
+        grid = dataset.videos[query.video_id].grid
+        best = int(similarity(dataset, query).argmax())
+        at, (start, end) = grid.to_seconds(best), query.moments.T
+        first, last = grid.clip_span(best)
+        middle = (start + end) / 2
+        short = (end - start < grid.clip_seconds) & (first <= middle) & (middle <= last)
+        hits.append(bool((((start <= at) & (at <= end)) | short).any()))
+    return np.array(hits)
+
+
+def by_group(
+    dataset: GroundingDataset, values: np.ndarray, group: Callable[[Query], str]
+) -> dict[str, tuple[float, int]]:
+    """Mean (in percent) and number of the values (Q,) of each group of queries."""
+    names = np.array([group(query) for query in dataset.queries])
+    return {
+        str(name): (100 * float(values[names == name].mean()), int((names == name).sum()))
+        for name in sorted(set(names))
+    }
