@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tvg_lib.oracle import main
 
-CASES = ["snag", "snag_padded", "losses", "points_nms"]
+HIERAMAMBA = ["hieramamba_late_padded", "hieramamba_early_padded", "hieramamba_ungated"]
+CASES = ["snag", "snag_padded", *HIERAMAMBA, "losses", "points_nms"]
 LINE = re.compile(r"^(\S+) (\S+) (\d\.\d{3}e[+-]\d\d|nan|inf) (\de-\d\d) (ok|FAIL)$")
 
 
@@ -56,6 +57,17 @@ def test_the_published_code_is_matched(capsys, oracles, name):
     ("name", "outputs"),
     [
         ("snag", {f"{key}.{n}" for key in ("logits", "offsets", "mask", "fpn") for n in range(4)}),
+        *(
+            (
+                name,
+                {
+                    f"{key}.{n}"
+                    for key in ("logits", "offsets", "mask", "anchor", "anchor_mask")
+                    for n in range(4)
+                },
+            )
+            for name in HIERAMAMBA
+        ),
         ("losses", {"focal.none", "focal.alpha.25", "seg.iou", "seg.diou"}),
         ("points_nms", {"points", "labels", "offsets"}),
     ],
@@ -66,7 +78,9 @@ def test_every_output_is_compared(capsys, oracles, name, outputs):
     stored = {
         key
         for key in load_file(oracles / f"{name}.safetensors")
-        if key.startswith(("logits", "offsets", "fpn", "mask", "nms.vot", "soft_nms", "labels"))
+        if key.startswith(
+            ("logits", "offsets", "fpn", "anchor", "mask", "nms.vot", "soft_nms", "labels")
+        )
     }
     assert stored <= {check[1] for check in checks}
 
@@ -84,6 +98,10 @@ def test_several_cases_at_once(capsys, oracles):
         ("snag", "w.text_net.bkgd_token", "logits.0"),
         ("snag", "w.reg_head.scales.1.scale", "offsets.1"),
         ("snag_padded", "w.fusion.layers.1.xattn.xattn.value.bias", "logits.2"),
+        ("hieramamba_early_padded", "w.vid_proj.conv.weight", "anchor.0"),
+        ("hieramamba_late_padded", "w.vid_net.branch.2.gate1.0.bias", "anchor.2"),
+        ("hieramamba_late_padded", "w.vid_net.branch.3.global_encoder.D", "offsets.3"),
+        ("hieramamba_ungated", "w.vid_net.branch.1.ffn.w12.weight", "logits.1"),
         ("losses", "focal.logits", "focal.none"),
         ("points_nms", "soft_nms.voting0.75.segs", "soft_nms.voting0.75.segs"),
     ],

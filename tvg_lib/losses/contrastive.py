@@ -67,10 +67,9 @@ def anchor_contrast(
     place = torch.arange(count, device=anchors.device)
     far = (place[:, None] - place).abs() > max(1, int(gap_ratio * count))
     if across_videos:
-        video = torch.arange(batch, device=anchors.device)
-        far = far[:, None] | (video[:, None, None] != video[:, None])[:, None]  # (B, N, N', B')
-        others = torch.einsum("bnd,cmd->bncm", anchors, anchors).flatten(2)
-        negative = far.transpose(2, 3).flatten(2) & anchor_mask.flatten()
+        same = torch.eye(batch, dtype=torch.bool, device=anchors.device)
+        others = torch.einsum("bnd,cmd->bncm", anchors, anchors).flatten(2)  # (B, N, B * N)
+        negative = (far[:, None] | ~same[:, None, :, None]).flatten(2) & anchor_mask.flatten()
     else:
         others = anchors @ anchors.transpose(1, 2)
         negative = (far & anchor_mask[:, None]).expand(batch, count, count)
