@@ -44,7 +44,9 @@ def random_negative(scores: Tensor, allowed: Tensor, pool: int | None) -> Tensor
     """
     lowest = scores.masked_fill(~allowed, -torch.inf)
     order = lowest.argsort(dim=1, descending=True)
-    size = allowed.sum(1).clamp(max=pool)
+    size = allowed.sum(1)
+    if pool is not None:
+        size = size.clamp(max=pool)
     pick = (torch.rand(len(scores), device=scores.device) * size).long()
     return lowest.gather(1, order.gather(1, pick[:, None])).squeeze(1)
 

@@ -18,13 +18,14 @@ the *batch*: pooled video vectors to pooled query vectors and back; the result r
 loss term and never inference. Here fusion runs over *time*, within a pair of query and video, in
 training and at inference: in T-to-V the query's words attend to the video's segments, in V-to-T the
 segments attend to the words. As in the released code, what is attended to multiplies its target;
-here on a scaled residual branch, so that fusion starts as a small change of what it re-ranks.
+here on a residual branch, so that nothing is lost where attention finds nothing.
 `fusion_over="batch"` is the released variant.
 
 **Given space.** The papers' text and video features do not share a space. Where sentence and clips
 do (QVH-captions, CLIP), `given_space` keeps the given similarity and learns a correction of it:
-every output is the given vector plus a linear map, zero at first, of what the branch computed. An
-untrained model is then the rule without training, the maximum over (averaged) segments.
+every output is the given vector plus a linear map, zero at first, of what the branch computed; a
+fused output is the first one plus such a map of what fusion computed. An untrained model is then
+the rule without training: the maximum over (averaged) segments, mixed with the mean of the frames.
 """
 
 from dataclasses import dataclass, replace
@@ -154,14 +155,14 @@ def gaussian_damping(lengths: Tensor, steps: int, width: float) -> Tensor:
         width: of the Gaussian; 0.5, 1 and 5 in the released code.
 
     Returns:
-        (B, steps, steps), arbitrary beyond the lengths.
+        (B, steps, steps), 0 for steps beyond the length.
     """
     place = torch.arange(steps, device=lengths.device, dtype=torch.float32)
     length = lengths[:, None, None].float()
     distance = place / (length - 1).clamp(min=1) - place[:, None] / length
     exponent = -(distance**2) / (2 * (max(width, 0.01) / 9) ** 2)
-    inside = place < length
-    return (exponent - exponent.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)).exp()
+    exponent = exponent.masked_fill(place >= length, -torch.inf)
+    return (exponent - exponent.amax(-1, keepdim=True)).exp()
 
 
 class PostNormAttention(nn.Module):
@@ -335,7 +336,7 @@ class Interaction(nn.Module):
     def __init__(self, channels: int, heads: int, dropout: float, residual: bool) -> None:
         super().__init__()
         self.attention = MultiHeadAttention(channels, heads, attention_dropout=dropout)
-        self.scale = LayerScale(channels, init=0.1) if residual else None
+        self.scale = LayerScale(channels, init=0.5) if residual else None
 
     def forward(self, x: Tensor, y: Tensor, y_mask: Tensor) -> Tensor:
         """Args: x (P, T, C), y (P, K, C), y_mask (P, K). Returns (P, T, C)."""
@@ -405,13 +406,11 @@ class EncodedQueries:
 
     Attributes:
         words: (Q, K, C) after the query encoder, and mask (Q, K).
-        given: (Q, D) the sentence vectors of the given space, of length 1; None without.
         vector: (Q, D) what videos are compared with; not of length 1.
     """
 
     words: Tensor
     mask: Tensor
-    given: Tensor | None
     vector: Tensor
 
 
@@ -421,13 +420,11 @@ class EncodedVideos:
 
     Attributes:
         hidden: (B, L, C) segments after the clip branch, for fusion.
-        given: (B, L, D) the segments in the given space, of length 1; None without.
         segments: (B, L, D) what queries are compared with; not of length 1.
         vector: (B, D) the frame branch's one vector of each video.
     """
 
     hidden: Tensor
-    given: Tensor | None
     segments: Tensor
     vector: Tensor
 
@@ -493,16 +490,20 @@ class MamFusion(nn.Module):
         self._initialise()
         self.corrections = nn.ModuleDict()
         if config.given_space:
-            for part in ("query", "clip", "frame"):
+            parts = ["query", "clip", "frame"]
+            if config.reranks:
+                parts += ["fused_query", "fused_clip"]
+            for part in parts:
                 self.corrections[part] = nn.Linear(channels, config.video_dim)
                 nn.init.zeros_(self.corrections[part].weight)
                 nn.init.zeros_(self.corrections[part].bias)
 
     def _initialise(self) -> None:
         # The released code draws Mamba's linear maps anew, too, and sets the biases of its step
-        # sizes to 0, so that it forgets within a step or two. Here Mamba keeps its own start.
-        mambas = (module for module in self.modules() if isinstance(module, Mamba))
-        spared = {id(part) for mamba in mambas for part in mamba.modules()}
+        # sizes to 0, so that it forgets within a step or two. Here Mamba keeps its own start, and
+        # so does fusion.
+        owners = (m for m in self.modules() if isinstance(m, Mamba | Interaction))
+        spared = {id(part) for owner in owners for part in owner.modules()}
         for module in self.modules():
             if id(module) in spared or not isinstance(module, nn.Linear | nn.Embedding):
                 continue
@@ -510,8 +511,9 @@ class MamFusion(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def _in_given_space(self, part: str, given: Tensor | None, hidden: Tensor) -> Tensor:
-        return hidden if given is None else given + self.corrections[part](hidden)
+    def _placed(self, part: str, base: Tensor | None, hidden: Tensor) -> Tensor:
+        """What a branch computed, or its base with a correction by it in a given space."""
+        return hidden if base is None else base + self.corrections[part](hidden)
 
     def encode_text(self, text: Tensor, mask: Tensor, sentence: Tensor | None) -> EncodedQueries:
         """Args: text (Q, K, C), mask (Q, K), sentence (Q, D), read with `given_space` only.
@@ -525,7 +527,7 @@ class MamFusion(nn.Module):
         words = self.query_encoder(self.query_input(zero_invalid(text, mask)), mask, every)
         given = F.normalize(sentence, dim=-1) if self.config.given_space else None
         pooled = self.query_pooling(words, mask)
-        return EncodedQueries(words, mask, given, self._in_given_space("query", given, pooled))
+        return EncodedQueries(words, mask, self._placed("query", given, pooled))
 
     def encode_video(self, segments: Tensor, frames: Tensor, frame_mask: Tensor) -> EncodedVideos:
         """Args: segments (B, L, C), all valid; frames (B, T, C), frame_mask (B, T)."""
@@ -539,10 +541,7 @@ class MamFusion(nn.Module):
             units = F.normalize(frames, dim=-1).sum(1) / frame_mask.sum(1, keepdim=True)
             mean = F.normalize(units, dim=-1)
         return EncodedVideos(
-            hidden,
-            given,
-            self._in_given_space("clip", given, hidden),
-            self._in_given_space("frame", mean, pooled),
+            hidden, self._placed("clip", given, hidden), self._placed("frame", mean, pooled)
         )
 
     def combined(self, clip_scores: Tensor, frame_scores: Tensor) -> Tensor:
@@ -559,24 +558,23 @@ class MamFusion(nn.Module):
         """(Q, B) first score of every query for every video: matrix products only."""
         return self.combined(*self.score_parts(queries, videos))
 
-    def fused_curves(self, queries: EncodedQueries, hidden: Tensor, given: Tensor | None) -> Tensor:
+    def fused_curves(self, queries: EncodedQueries, videos: EncodedVideos) -> Tensor:
         """(P, L) cosine of each fused segment with the fused query, pair by pair.
 
         Args:
-            queries: P encoded queries, the first half of each pair.
-            hidden, given: (P, L, C) and (P, L, D), segments of the other half, as in
-                `EncodedVideos`.
+            queries, videos: P of each.
 
         Raises:
             ConfigurationError: the model has no fusion over time.
         """
         if not self.config.reranks:
             raise ConfigurationError("this MamFusion has no fusion over time: nothing re-ranks")
-        words, segments = self.fusion(queries.words, queries.mask, hidden)
+        words, segments = self.fusion(queries.words, queries.mask, videos.hidden)
         pooled = self.query_pooling(words, queries.mask)
-        q = F.normalize(self._in_given_space("query", queries.given, pooled), dim=-1)
-        clips = F.normalize(self._in_given_space("clip", given, segments), dim=-1)
-        return (clips @ q[..., None]).squeeze(-1)
+        given = self.config.given_space
+        q = self._placed("fused_query", queries.vector if given else None, pooled)
+        clips = self._placed("fused_clip", videos.segments if given else None, segments)
+        return (F.normalize(clips, dim=-1) @ F.normalize(q, dim=-1)[..., None]).squeeze(-1)
 
     def fused_scores(
         self, queries: EncodedQueries, videos: EncodedVideos, rows: Tensor, columns: Tensor
@@ -586,16 +584,12 @@ class MamFusion(nn.Module):
         Args:
             rows, columns: (P,) query and video of each pair.
         """
-        chosen = EncodedQueries(
-            queries.words[rows],
-            queries.mask[rows],
-            None if queries.given is None else queries.given[rows],
-            queries.vector[rows],
+        asked = EncodedQueries(queries.words[rows], queries.mask[rows], queries.vector[rows])
+        chosen = EncodedVideos(
+            videos.hidden[columns], videos.segments[columns], videos.vector[columns]
         )
-        given = None if videos.given is None else videos.given[columns]
-        curves = self.fused_curves(chosen, videos.hidden[columns], given)
-        frame = F.cosine_similarity(chosen.vector, videos.vector[columns], dim=-1)
-        return self.combined(curves.amax(-1), frame)
+        frame = F.cosine_similarity(asked.vector, chosen.vector, dim=-1)
+        return self.combined(self.fused_curves(asked, chosen).amax(-1), frame)
 
     def reranked(self, first: Tensor, fused: Tensor) -> Tensor:
         """Scores of candidates, from the first and the second score."""

@@ -30,7 +30,6 @@ def encode_library(
     ]
     return EncodedVideos(
         hidden=torch.cat([part.hidden for part in parts]),
-        given=None if parts[0].given is None else torch.cat([part.given for part in parts]),
         segments=torch.cat([part.segments for part in parts]),
         vector=torch.cat([part.vector for part in parts]),
     )

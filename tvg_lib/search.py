@@ -1,0 +1,605 @@
+"""From a question to a moment in a library of videos.
+
+    index = VideoIndex.create(folder, retriever)      # or VideoIndex.open(folder, retriever)
+    index.add_dataset(dataset)                        # resumable; progress bar
+    index.search("a man feeds a dog", top=5)          # ranked (video, moment, score)
+
+Three steps, each over fewer videos than the one before:
+
+    1. all videos       products of the question with a *sketch* of every segment: its coordinates
+                        in the `SKETCH` directions in which segments of the library differ most
+    2. `shortlist`      the retriever's own score, from the whole segments; memory-mapped
+    3. `top`            fusion over time (where the retriever has it), then a grounder for the
+                        moment inside each video
+
+**Files.** `index.json` names everything and is replaced last, so that a reader, or a kill, finds
+the old index or the new one. Videos lie in *shards* of some hundred, an array a file:
+half-precision segments and clips, sketches and frame vectors. A shard is written once and never
+changed; videos are removed by writing their shard anew without them. Interrupted building goes on
+at the first video that no shard holds. Arrays are `.npy` and memory-mapped; nothing is unpickled.
+
+An index belongs to its retriever: opening it with other weights, another view or another text
+encoder is refused.
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from torch.nn import functional as F
+
+from tvg_lib import inline, paths
+from tvg_lib.baselines import ZeroShotWindow
+from tvg_lib.data.batching import pad
+from tvg_lib.data.dataset import GroundingDataset, Query, Video
+from tvg_lib.data.features import ArrayStore, check_id, check_sequence, read_array
+from tvg_lib.decoding import Prediction
+from tvg_lib.encoders.sentence import SentenceEncoder
+from tvg_lib.errors import ConfigurationError, DataError
+from tvg_lib.fingerprint import value_fingerprint
+from tvg_lib.metrics.retrieval import CorpusAnswer
+from tvg_lib.models.mamfusion import EncodedQueries, EncodedVideos, MamFusion
+from tvg_lib.moments import TimeGrid
+from tvg_lib.retrieval.data import RetrievalView
+
+FORMAT = "tvg-companion/video-index/1"
+MANIFEST = "index.json"
+SHARD = 256  # videos
+SKETCH = 64  # directions
+ARRAYS = ("segments", "hidden", "vectors", "sketch", "clips")
+
+Finder = Callable[[GroundingDataset], list[Prediction]]
+
+
+@dataclass(frozen=True)
+class Retriever:
+    """A retrieval model with all that it needs to read videos and questions.
+
+    Attributes:
+        model: in evaluation mode.
+        view: how videos and queries are cut for it.
+        words: what the queries of its training were encoded with.
+    """
+
+    model: MamFusion
+    view: RetrievalView
+    words: SentenceEncoder
+
+    def __post_init__(self) -> None:
+        if self.words.dim != self.model.config.text_dim:
+            raise ConfigurationError(
+                f"the model reads words of width {self.model.config.text_dim}, "
+                f"{self.words.name} gives {self.words.dim}"
+            )
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What an index must have been built with: architecture, weights, view, text encoder."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return {
+            "architecture": value_fingerprint(asdict(self.model.config))[:16],
+            "weights": digest.hexdigest()[:16],
+            "view": asdict(self.view),
+            "words": self.words.name,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @torch.inference_mode()
+    def encode_videos(self, clips: Sequence[np.ndarray]) -> EncodedVideos:
+        """Encode (T, C) clip features of some videos."""
+        cut = [self.view.video(sequence) for sequence in clips]
+        frames, mask = pad([frames for _, frames in cut])
+        segments = torch.from_numpy(np.stack([segments for segments, _ in cut]))
+        inputs = (segments, frames, mask)
+        return self.model.encode_video(*(x.to(self.device) for x in inputs))
+
+    @torch.inference_mode()
+    def encode_question(self, text: str) -> tuple[EncodedQueries, np.ndarray, np.ndarray]:
+        """Encode one question; also its (K, C) words and (1, D) sentence vector, for a grounder."""
+        words = self.words.encode_tokens([text])[0]
+        sentence = self.words.encode([text])
+        features = torch.from_numpy(self.view.words(words))[None].to(self.device)
+        mask = torch.ones(features.shape[:2], dtype=torch.bool, device=self.device)
+        given = torch.from_numpy(np.asarray(sentence, np.float32)).to(self.device)
+        return self.model.encode_text(features, mask, given), words, sentence
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """One answer: a moment of a video.
+
+    Attributes:
+        video: where it is.
+        start, end: seconds.
+        score: of the answer: that of the video, times `moment_score` as a share of the best one
+            that the grounder gave in this video.
+        video_score: of the video, by the retriever.
+        moment_score: of the moment, by the grounder; None where no moment was asked for.
+    """
+
+    video: Video
+    start: float
+    end: float
+    score: float
+    video_score: float
+    moment_score: float | None = None
+
+    def __repr__(self) -> str:
+        when = inline.span(self.start, self.end, self.video.duration)
+        return f"{self.score:.3f}  {self.video.id}  {when}"
+
+
+@dataclass(frozen=True, repr=False)
+class SearchResults:
+    """Ranked answers to a question, best first.
+
+    Attributes:
+        text: the question.
+        answers: best first.
+        captions: of some videos, the text of each clip: shown under the answers.
+    """
+
+    text: str
+    answers: tuple[SearchResult, ...]
+    captions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def __iter__(self) -> Iterator[SearchResult]:
+        return iter(self.answers)
+
+    def __getitem__(self, rank: int) -> SearchResult:
+        return self.answers[rank]
+
+    def corpus_answers(self) -> list[CorpusAnswer]:
+        """The answers as `corpus_moment_report` takes them."""
+        return [CorpusAnswer(a.video.id, a.start, a.end) for a in self.answers]
+
+    def __repr__(self) -> str:
+        rows = [f"{rank:2}  {answer!r}" for rank, answer in enumerate(self.answers, start=1)]
+        return "\n".join([f"“{self.text}”", *rows])
+
+    def _repr_html_(self) -> str:
+        parts = [f"<div><b>“{escape(self.text)}”</b></div>"]
+        for rank, answer in enumerate(self.answers, start=1):
+            duration = answer.video.duration
+            note = f"{inline.span(answer.start, answer.end, duration)} · {answer.score:.3f}"
+            row = inline.Row(f"{rank}", [(answer.start, answer.end)], inline.ANSWER, note)
+            parts.append(inline.bars([row], duration, answer.video.id))
+            parts.append(self._caption(answer))
+        return "".join(parts)
+
+    def _caption(self, answer: SearchResult) -> str:
+        """The caption of the clip in the middle of an answer, as HTML; empty without captions."""
+        texts = self.captions.get(answer.video.id)
+        if not texts:
+            return ""
+        middle = (answer.start + answer.end) / 2
+        clip = min(max(round(answer.video.grid.to_index(middle)), 0), len(texts) - 1)
+        return (
+            '<div style="max-width:760px;font-size:12px;opacity:0.75;margin:0 0 8px 8em">'
+            f"{escape(texts[clip])}</div>"
+        )
+
+
+class VideoIndex:
+    """A library of videos on disk, ready to be searched. Made by `create` or `open`."""
+
+    def __init__(self, folder: Path, retriever: Retriever, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.retriever = retriever
+        self._manifest = manifest
+        self._load()
+
+    # --- making and opening -----------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, folder: Path | str, retriever: Retriever) -> "VideoIndex":
+        """A new, empty index; what an interrupted building has left there is opened.
+
+        Raises:
+            DataError: the folder holds the index of another retriever, or damaged files.
+        """
+        folder = Path(folder)
+        if (folder / MANIFEST).exists():
+            return cls.open(folder, retriever)
+        manifest = {"format": FORMAT, "retriever": retriever.identity, "basis": None, "shards": []}
+        paths.write_text(folder / MANIFEST, json.dumps(manifest))
+        return cls(folder, retriever, manifest)
+
+    @classmethod
+    def open(cls, folder: Path | str, retriever: Retriever) -> "VideoIndex":
+        """Open an index.
+
+        Raises:
+            DataError: there is none, it was built with another retriever (the message names what
+                differs), or its files are damaged.
+        """
+        folder = Path(folder)
+        return cls(folder, retriever, _read_manifest(folder, retriever))
+
+    def _load(self) -> None:
+        """Map every array, and hold what all videos are compared by in memory."""
+        self._videos: list[Video] = []
+        self._place: dict[str, tuple[int, int]] = {}
+        self._shards: list[dict[str, np.ndarray]] = []
+        self._offsets: list[np.ndarray] = []
+        for number, shard in enumerate(self._manifest["shards"]):
+            entries = shard["videos"]
+            arrays = {
+                name: read_array(self.folder / f"{shard['name']}.{name}.npy") for name in ARRAYS
+            }
+            ends = np.cumsum([0] + [entry["clips"] for entry in entries])
+            if {len(arrays[name]) for name in ARRAYS[:-1]} != {len(entries)} or ends[-1] != len(
+                arrays["clips"]
+            ):
+                raise DataError(f"{self.folder}: the arrays of {shard['name']} do not fit")
+            self._shards.append(arrays)
+            self._offsets.append(ends)
+            for row, entry in enumerate(entries):
+                video = _video(entry)
+                if video.id in self._place:
+                    raise DataError(f"{self.folder}: the video {video.id!r} occurs twice")
+                self._place[video.id] = (number, row)
+                self._videos.append(video)
+        self._basis = self._sketch = self._vectors = None
+        if self._shards:
+            basis = read_array(self.folder / self._manifest["basis"])
+            self._basis = torch.from_numpy(np.array(basis))
+            # Segment by segment, so that the maximum over segments runs along contiguous videos.
+            sketch = np.concatenate([shard["sketch"] for shard in self._shards])
+            self._sketch = torch.from_numpy(np.ascontiguousarray(sketch.transpose(1, 0, 2)))
+            vectors = np.concatenate([shard["vectors"] for shard in self._shards])
+            self._vectors = F.normalize(torch.from_numpy(vectors), dim=-1)
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def __contains__(self, video_id: object) -> bool:
+        return video_id in self._place
+
+    @property
+    def videos(self) -> tuple[Video, ...]:
+        """The videos, in the order they were added."""
+        return tuple(self._videos)
+
+    def clips(self, video_id: str) -> np.ndarray:
+        """(T, C) clip features of a video, as a grounder reads them.
+
+        Raises:
+            DataError: there is no such video.
+        """
+        if video_id not in self._place:
+            raise DataError(f"{self.folder} has no video {video_id!r}")
+        shard, row = self._place[video_id]
+        first, last = self._offsets[shard][row : row + 2]
+        return check_sequence(
+            self._shards[shard]["clips"][first:last], f"{self.folder}[{video_id!r}]", None
+        )
+
+    def __repr__(self) -> str:
+        hours = sum(video.duration for video in self._videos) / 3600
+        return f"VideoIndex({len(self)} videos, {hours:.1f} h)"
+
+    # --- adding and removing ----------------------------------------------------------------------
+
+    def add(
+        self, videos: Iterable[tuple[Video, np.ndarray]], *, total: int | None = None
+    ) -> "VideoIndex":
+        """Add videos with their (T, C) clip features; those that are there already are passed over.
+
+        Args:
+            videos: read one after the other; features of one shard are held in memory.
+            total: how many there are, for the progress bar.
+
+        Raises:
+            DataError: features that are no finite (T, C) array or do not fit their grid.
+        """
+        from tqdm.auto import tqdm
+
+        with self._locked():
+            waiting: dict[str, tuple[Video, np.ndarray]] = {}
+            with tqdm(total=total, desc="index", unit="video") as bar:
+                for video, clips in videos:
+                    if video.id not in self._place and video.id not in waiting:
+                        waiting[video.id] = (video, self._checked(video, clips))
+                    bar.update()
+                    if len(waiting) == SHARD:
+                        self._write(list(waiting.values()))
+                        waiting = {}
+                if waiting:
+                    self._write(list(waiting.values()))
+            self._load()
+        return self
+
+    def add_dataset(self, dataset: GroundingDataset) -> "VideoIndex":
+        """Add all videos of a data set; features are read as they are needed."""
+        missing = [video for key, video in dataset.videos.items() if key not in self]
+        return self.add(((video, dataset.clips(video.id)) for video in missing), total=len(missing))
+
+    def remove(self, video_ids: Iterable[str]) -> "VideoIndex":
+        """Remove videos; their shards are written anew without them.
+
+        Raises:
+            DataError: a video is not there; then none is removed.
+        """
+        gone = set(video_ids)
+        unknown = sorted(gone - self._place.keys())
+        if unknown:
+            raise DataError(f"{self.folder} has no video {unknown[0]!r}")
+        with self._locked():
+            kept, replaced = [], []
+            for number, shard in enumerate(self._manifest["shards"]):
+                keep = [i for i, e in enumerate(shard["videos"]) if e["id"] not in gone]
+                if len(keep) == len(shard["videos"]):
+                    kept.append(shard)
+                    continue
+                replaced.append(shard["name"])
+                if keep:
+                    kept.append(self._copied(number, keep))
+            self._replace(kept)
+            self._load()
+            for name in replaced:
+                self._delete(name)
+        return self
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone with the folder, and with what another process may have written to it."""
+        with FileLock(self.folder / ".index.lock"):
+            current = _read_manifest(self.folder, self.retriever)
+            if current != self._manifest:
+                self._manifest = current
+                self._load()
+            yield
+
+    def _checked(self, video: Video, clips: np.ndarray) -> np.ndarray:
+        where = f"video {video.id!r}"
+        clips = check_sequence(clips, where, self.retriever.model.config.video_dim)
+        video.grid.check(len(clips), video.duration, where)
+        return clips
+
+    def _write(self, videos: Sequence[tuple[Video, np.ndarray]]) -> None:
+        """Encode some videos and add them as a shard."""
+        clips = [sequence for _, sequence in videos]
+        encoded = self.retriever.encode_videos(clips)
+        segments = F.normalize(encoded.segments, dim=-1).cpu()
+        if self._manifest["basis"] is None:
+            name = f"basis-{uuid.uuid4().hex[:12]}.npy"
+            _save(self.folder / name, principal_directions(segments.flatten(0, 1), SKETCH).numpy())
+            self._manifest = self._manifest | {"basis": name}
+        basis = torch.from_numpy(np.array(read_array(self.folder / self._manifest["basis"])))
+        arrays = {
+            "segments": encoded.segments.cpu().half().numpy(),
+            "hidden": encoded.hidden.cpu().half().numpy(),
+            "vectors": encoded.vector.cpu().numpy(),
+            "sketch": (segments @ basis).numpy(),
+            "clips": np.concatenate(clips).astype(np.float16),
+        }
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise DataError(f"{self.folder}: a value does not fit into half precision")
+        entries = [_entry(video, len(sequence)) for video, sequence in videos]
+        self._replace([*self._manifest["shards"], self._save_shard(arrays, entries)])
+        for row, entry in enumerate(entries):
+            self._place[entry["id"]] = (len(self._manifest["shards"]) - 1, row)
+
+    def _copied(self, number: int, keep: Sequence[int]) -> dict[str, Any]:
+        """A new shard of some rows of an old one."""
+        arrays, ends = self._shards[number], self._offsets[number]
+        rows = {name: np.array(arrays[name][list(keep)]) for name in ARRAYS[:-1]}
+        rows["clips"] = np.concatenate([arrays["clips"][ends[i] : ends[i + 1]] for i in keep])
+        entries = self._manifest["shards"][number]["videos"]
+        return self._save_shard(rows, [entries[i] for i in keep])
+
+    def _save_shard(
+        self, arrays: Mapping[str, np.ndarray], entries: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        name = f"shard-{uuid.uuid4().hex[:12]}"
+        for part in ARRAYS:
+            _save(self.folder / f"{name}.{part}.npy", arrays[part])
+        return {"name": name, "videos": entries}
+
+    def _replace(self, shards: list[dict[str, Any]]) -> None:
+        self._manifest = self._manifest | {"shards": shards}
+        paths.write_text(self.folder / MANIFEST, json.dumps(self._manifest))
+
+    def _delete(self, name: str) -> None:
+        for part in ARRAYS:
+            (self.folder / f"{name}.{part}.npy").unlink(missing_ok=True)
+
+    # --- searching --------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def retrieve(
+        self, queries: EncodedQueries, shortlist: int = 128, rerank: int = 20
+    ) -> tuple[Tensor, Tensor]:
+        """The best videos for one encoded question.
+
+        Args:
+            queries: of length 1.
+            shortlist: videos that survive the sketch and get the retriever's own score.
+            rerank: the best of these that get the second score too, where the retriever has one.
+
+        Returns:
+            scores (N,), best first, and (N,) positions in `videos`; N = min(shortlist, videos).
+
+        Raises:
+            DataError: the index is empty.
+        """
+        if not self._videos:
+            raise DataError(f"{self.folder}: the index is empty")
+        model = self.retriever.model
+        q = F.normalize(queries.vector, dim=-1)[0].cpu()
+        frame = self._vectors @ q
+        best = sketch_scores(self._sketch, self._basis.T @ q)
+        rough = model.combined(best, frame)
+        order = rough.topk(min(shortlist, len(rough))).indices
+        segments = self._rows("segments", order)
+        exact = model.combined((F.normalize(segments, dim=-1) @ q).amax(1), frame[order])
+        ranked = exact.sort(descending=True)
+        scores, order = ranked.values, order[ranked.indices]
+        if rerank and model.config.reranks:
+            head = order[:rerank]
+            library = EncodedVideos(
+                self._rows("hidden", head).to(self.retriever.device),
+                segments[ranked.indices[:rerank]].to(self.retriever.device),
+                torch.stack([self._vectors[i] for i in head]).to(self.retriever.device),
+            )
+            pairs = torch.arange(len(head), device=self.retriever.device)
+            fused = model.fused_scores(queries, library, torch.zeros_like(pairs), pairs).cpu()
+            both = model.reranked(scores[:rerank], fused)
+            lift = (scores[len(head) - 1] - both.min()).clamp(min=0)
+            again = (both + lift).sort(descending=True)
+            scores = torch.cat([again.values, scores[rerank:]])
+            order = torch.cat([head[again.indices], order[rerank:]])
+        return scores, order
+
+    def _rows(self, name: str, positions: Tensor) -> Tensor:
+        """Rows of an array of all shards, in float32."""
+        places = [self._place[self._videos[i].id] for i in positions.tolist()]
+        return torch.from_numpy(
+            np.stack([self._shards[shard][name][row] for shard, row in places])
+        ).float()
+
+    def search(
+        self,
+        text: str,
+        top: int = 10,
+        finder: Finder | None = None,
+        *,
+        moments: int = 1,
+        shortlist: int = 128,
+        rerank: int = 20,
+        captions: Mapping[str, Sequence[str]] | None = None,
+    ) -> SearchResults:
+        """The best moments of the library for a question.
+
+        Args:
+            text: the question.
+            top: answers; of as many videos where `moments` is 1.
+            finder: what finds the moment in a video: takes a data set with one query a video and
+                gives predictions, as `ZeroShotWindow().predict` (the default, where clips and
+                sentences share a space) or `partial(ground, model)` of any point grounder.
+            moments: answers that one video may give.
+            shortlist, rerank: as in `retrieve`.
+            captions: text of clips by video id, to be shown with the answers.
+
+        Raises:
+            DataError: the index is empty, or the text is.
+        """
+        if not text.strip():
+            raise DataError("a question has words, found an empty text")
+        finder = ZeroShotWindow().predict if finder is None else finder
+        queries, words, sentence = self.retriever.encode_question(text)
+        scores, order = self.retrieve(queries, max(shortlist, top), rerank)
+        chosen = [self._videos[i] for i in order[:top].tolist()]
+        found = finder(self._asked(text, chosen, words, sentence))
+        answers = [
+            answer
+            for video, score, prediction in zip(chosen, scores.tolist(), found, strict=False)
+            for answer in _answers(video, score, prediction, moments)
+        ]
+        answers.sort(key=lambda answer: -answer.score)
+        return SearchResults(text, tuple(answers[:top]), dict(captions or {}))
+
+    def _asked(
+        self, text: str, videos: Sequence[Video], words: np.ndarray, sentence: np.ndarray
+    ) -> GroundingDataset:
+        """One query, asked of each of some videos."""
+        nowhere = np.zeros((0, 2))
+        return GroundingDataset(
+            name="search",
+            videos={video.id: video for video in videos},
+            queries=tuple(Query(video.id, video.id, text, nowhere) for video in videos),
+            video_features=ArrayStore.of({video.id: self.clips(video.id) for video in videos}),
+            text_features=ArrayStore.of({video.id: words for video in videos}),
+            sentence_features=ArrayStore.of({video.id: sentence for video in videos}),
+        )
+
+
+def _read_manifest(folder: Path, retriever: Retriever) -> dict[str, Any]:
+    """The manifest of an index, checked to be whole and that of this retriever."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']!r}, expected {FORMAT!r}")
+        built_with = dict(manifest["retriever"])
+        for shard in manifest["shards"]:
+            check_id(shard["name"], str(path))
+            for entry in shard["videos"]:
+                _video(entry)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not the manifest of a video index: {error!r}") from error
+    for part, value in retriever.identity.items():
+        if built_with.get(part) != value:
+            raise DataError(
+                f"{folder} was built with another retriever: {part} {built_with.get(part)!r}, "
+                f"expected {value!r}"
+            )
+    return manifest
+
+
+def _answers(
+    video: Video, score: float, prediction: Prediction, moments: int
+) -> Iterator[SearchResult]:
+    found = list(prediction)[:moments]
+    best = max((moment.score for moment in found), default=0.0)
+    for moment in found:
+        share = moment.score / best if best > 0 else 1.0
+        yield SearchResult(
+            video, moment.start, moment.end, score * share, score, float(moment.score)
+        )
+
+
+def sketch_scores(sketch: Tensor, question: Tensor) -> Tensor:
+    """(V,) largest product of a question (R,) with the segments (L, V, R) of each video."""
+    return torch.mv(sketch.view(-1, sketch.shape[-1]), question).view(sketch.shape[:2]).amax(0)
+
+
+def principal_directions(rows: Tensor, count: int) -> Tensor:
+    """(D, R) orthonormal directions in which (N, D) rows have most of their length.
+
+    Not centred: products, not differences, are what a sketch keeps. R = min(count, D).
+    """
+    second_moment = rows.double().T @ rows.double() / len(rows)
+    _, directions = torch.linalg.eigh(second_moment)
+    return directions.flip(1)[:, :count].float().contiguous()
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with paths.replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def _entry(video: Video, clips: int) -> dict[str, Any]:
+    return {
+        "id": video.id,
+        "duration": video.duration,
+        "recording": video.recording,
+        "grid": asdict(video.grid),
+        "clips": clips,
+    }
+
+
+def _video(entry: Mapping[str, Any]) -> Video:
+    return Video(entry["id"], entry["duration"], TimeGrid(**entry["grid"]), entry["recording"])
