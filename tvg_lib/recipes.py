@@ -1,6 +1,7 @@
-"""The released SnAG recipes, ready for the features their authors host.
+"""The released SnAG and HieraMamba recipes, ready for the features their authors host.
 
-Numbers are those of the configuration files of snag_release @ 44dd90e. Epochs count the warm-up in.
+Numbers are those of the configuration files of snag_release @ 44dd90e and hieramamba @ 03a8a95
+(names that begin with HIERAMAMBA). Epochs count the warm-up in.
 The released schedule is a linear warm-up and then a constant rate: the milestone in the files is
 never reached. Nothing here was trained: the features are not at hand (the doctor says where they
 are).
@@ -17,6 +18,11 @@ rate there, and one random group of queries per video and epoch (here all are as
 gradients of two micro-batches inside one loss norm; incomplete last batches are left out there;
 words beyond `max_words` are cut in training there; the margin of a crop is half a clip there, half
 a step here. As there, the last weights are kept, not the best (`select_by` is None).
+
+HieraMamba's: projectors of the contrast are never trained, as released; both MAD files switch the
+contrast off (they list weights of 1 and 150, and 125 and 150). TACoS is SnAG's recipe with another
+video encoder and the two losses. Its loop masks a batch by the *sum* of its lengths; here every row
+has its own.
 """
 
 from collections.abc import Callable
@@ -29,7 +35,8 @@ from tvg_lib.data.batching import Crop
 from tvg_lib.decoding import DecodingConfig
 from tvg_lib.experiments import GroundingRecipe
 from tvg_lib.losses.detection import DetectionObjective, diou_loss, iou_loss
-from tvg_lib.models import snag
+from tvg_lib.losses.hieramamba import AnchorContrast, HieraMambaObjective, SegmentContrast
+from tvg_lib.models import hieramamba, snag
 from tvg_lib.nn.points import PointGrid
 from tvg_lib.training import TrainingConfig
 
@@ -54,6 +61,15 @@ def _training(epochs: int, learning_rate: float, weight_decay: float = 0.05) -> 
         ema_warmup=False,
         seed=1234567891,
     )
+
+
+def _contrastive(
+    channels: int,
+    detection: Callable[[], DetectionObjective],
+    anchor: AnchorContrast,
+    segment: SegmentContrast,
+) -> HieraMambaObjective:
+    return HieraMambaObjective(channels, detection(), anchor, segment, trained_projectors=False)
 
 
 TACOS = ReleasedRecipe(
@@ -100,3 +116,27 @@ ACTIVITYNET = ReleasedRecipe(
     GroundingRecipe(_training(10, 2e-3), 16, 2),
     partial(DetectionObjective, regression=diou_loss, regression_weight=2.0, norm_start=160),
 )
+HIERAMAMBA_TACOS = ReleasedRecipe(
+    hieramamba.TACOS,
+    TACOS.recipe,
+    partial(
+        _contrastive,
+        channels=hieramamba.TACOS.channels,
+        detection=TACOS.objective,
+        anchor=AnchorContrast(10.0, negative_ratio=4, gap_ratio=0.3),
+        segment=SegmentContrast(1.0),
+    ),
+)
+HIERAMAMBA_EGO4D = ReleasedRecipe(
+    hieramamba.EGO4D,
+    EGO4D_EGOVLP.recipe,
+    partial(
+        _contrastive,
+        channels=hieramamba.EGO4D.channels,
+        detection=EGO4D_EGOVLP.objective,
+        anchor=AnchorContrast(100.0, negative_ratio=8, gap_ratio=0.2),
+        segment=SegmentContrast(10.0),
+    ),
+)
+HIERAMAMBA_MAD = ReleasedRecipe(hieramamba.MAD, MAD.recipe, MAD.objective)
+HIERAMAMBA_MAD_V2 = ReleasedRecipe(hieramamba.MAD_V2, MAD.recipe, MAD.objective)
