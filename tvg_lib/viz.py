@@ -102,6 +102,7 @@ def timeline(
     answers: Mapping[str, ArrayLike] | None = None,
     relevance: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     captions: Sequence[tuple[float, float, str]] | None = None,
+    pictures: Sequence[tuple[float, np.ndarray]] | None = None,
     top: int = 3,
     most_captions: int = 6,
     window: tuple[float, float] | None = None,
@@ -119,6 +120,7 @@ def timeline(
             own minimum to its own maximum.
         captions: start, end and text of clips. Some are chosen and printed below: those at true
             moments, at first answers and at peaks of relevance, then evenly spread ones.
+        pictures: times and frames (H, W, 3) uint8 of the video, shown in a row above the bars.
         top: answers shown of each system.
         most_captions: captions shown.
         window: part of the video to show, in seconds.
@@ -148,7 +150,8 @@ def timeline(
     ]
     caption_height = sum(_caption_inches(wrapped) for _, _, wrapped, _ in caption_lines)
     caption_height += 0.15 if chosen else 0.0
-    head, foot, gap = 0.27 * len(lines) + 0.42, 0.52, 0.12
+    strip = 1.3 if pictures else 0.0
+    head, foot, gap = 0.27 * len(lines) + 0.42 + strip, 0.52, 0.12
     height = head + bars_height + (gap + curve_height if curves else 0) + foot + caption_height
     figure = plt.figure(figsize=(WIDTH, height))
     left, wide = 1.5 / WIDTH, (WIDTH - 1.5 - 1.35) / WIDTH
@@ -169,6 +172,7 @@ def timeline(
         color=QUIET,
         va="top",
     )
+    _draw_pictures(figure, pictures or (), duration, 1 - head / height, strip / height)
     bars = axes_at(head, bars_height)
     _draw_bars(bars, true, ranked, chosen)
     lowest = bars
@@ -329,6 +333,28 @@ def _draw_bars(
         label.set_fontweight("normal" if text.isdigit() else "bold")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
+
+
+def _draw_pictures(
+    figure: Figure,
+    pictures: Sequence[tuple[float, np.ndarray]],
+    duration: float,
+    bottom: float,
+    tall: float,
+) -> None:
+    """Frames of the video side by side, each with its time; `bottom` and `tall` in figure units."""
+    left, wide = 0.15 / WIDTH, 1 - 0.3 / WIDTH
+    cell = wide / max(len(pictures), 1)
+    for number, (time, pixels) in enumerate(pictures):
+        box = (left + number * cell, bottom + 0.3 * tall, 0.97 * cell, 0.68 * tall)
+        axes = figure.add_axes(box)
+        axes.imshow(pixels, interpolation="antialiased")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_xlabel(clock(time, duration), fontsize=8.5, color=COLOURS[0], labelpad=3)
+        for spine in axes.spines.values():
+            spine.set_visible(True)
+            spine.set_color(COLOURS[0])
 
 
 def _draw_curves(
