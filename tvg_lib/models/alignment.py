@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from tvg_lib.data.batching import GroundingBatch
 from tvg_lib.errors import DataError
 from tvg_lib.nn.attention import MultiHeadAttention, TransformerBlock
-from tvg_lib.nn.sequence import FeedForward, SinusoidalPositions, zero_invalid
+from tvg_lib.nn.feed_forward import FeedForward
+from tvg_lib.nn.sequence import SinusoidalPositions, zero_invalid
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from tvg_lib.models.alignment import Alignment
 from tvg_lib.models.f2sgd import CellScores
 from tvg_lib.nn.attention import MultiHeadAttention, TransformerBlock
-from tvg_lib.nn.sequence import FeedForward, MaskedConv1d, SinusoidalPositions, zero_invalid
+from tvg_lib.nn.feed_forward import FeedForward
+from tvg_lib.nn.sequence import MaskedConv1d, SinusoidalPositions, zero_invalid
 from tvg_lib.nn.square import SquareConvolution
 
 

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tvg_lib.nn.sequence import FeedForward, LayerScale, MaskedConv1d, masked_max_pool, zero_invalid
+from tvg_lib.nn.dropout import Dropout
+from tvg_lib.nn.feed_forward import FeedForward
+from tvg_lib.nn.sequence import (
+    LayerScale,
+    MaskedConv1d,
+    masked_max_pool,
+    repeat_rows,
+    zero_invalid,
+)
 
 
 def local_attention(
@@ -80,7 +88,7 @@ class MultiHeadAttention(nn.Module):
         self.value = nn.Linear(key_channels or channels, channels)
         self.output = nn.Linear(channels, out_channels or channels)
         self.attention_dropout = attention_dropout
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for layer in (self.query, self.key, self.value, self.output):
             nn.init.zeros_(layer.bias)
 
@@ -99,13 +107,15 @@ class MultiHeadAttention(nn.Module):
         Returns:
             (N, T, C_out)
         """
+        drop = self.attention_dropout if self.training else 0.0
+        if not self.window and self.heads * k.shape[1] < self.query.out_features < q.shape[1]:
+            return self.dropout(self._attend_to_few(q, k, v, key_mask, row, drop))
         q, k, v = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, x in ((self.query, q), (self.key, k), (self.value, v))
         )  # (., H, ., D)
         if row is not None:
-            q = q[row]
-        drop = self.attention_dropout if self.training else 0.0
+            q = repeat_rows(q, row)
         if self.window:
             out = local_attention(q, k, v, key_mask, self.window // 2, drop)
         else:
@@ -113,6 +123,29 @@ class MultiHeadAttention(nn.Module):
                 q, k, v, attn_mask=key_mask[:, None, None, :], dropout_p=drop
             )
         return self.dropout(self.output(out.transpose(1, 2).flatten(2)))
+
+    def _attend_to_few(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, row: Tensor | None, drop: float
+    ) -> Tensor:
+        """The same for many queries and few keys, H * K < C, with less arithmetic.
+
+        Products are associative: (q W_q) k^T = q (W_q k^T) and (a v) W_o = a (v W_o). The brackets
+        on the right are taken once per key, those on the left once per query and with C for H * K.
+        """
+        heads = (self.heads, -1)
+        k = self.key(k).unflatten(-1, heads) / math.sqrt(self.query.out_features // self.heads)
+        v = self.value(v).unflatten(-1, heads)  # (N, K, H, D)
+        into = self.query.weight.unflatten(0, heads)  # (H, D, C)
+        out_of = self.output.weight.unflatten(1, heads)  # (C_out, H, D)
+        keys = torch.einsum("nkhd,hdc->nhkc", k, into)
+        bias = torch.einsum("nkhd,hd->nhk", k, self.query.bias.unflatten(0, heads))
+        bias = bias.masked_fill(~key_mask[:, None], torch.finfo(bias.dtype).min)
+        values = torch.einsum("nkhd,ohd->nhko", v, out_of).flatten(1, 2)  # (N, H K, C_out)
+        q = q if row is None else repeat_rows(q, row)
+        scores = torch.baddbmm(bias.flatten(1)[:, None], q, keys.flatten(1, 2).transpose(1, 2))
+        weights = scores.unflatten(-1, heads).softmax(-1)  # (N, T, H, K)
+        weights = F.dropout(weights, drop, training=drop > 0)
+        return torch.baddbmm(self.output.bias, weights.flatten(2), values)
 
 
 class ConvolutionalProjection(nn.Module):

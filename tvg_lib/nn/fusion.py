@@ -2,10 +2,12 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from tvg_lib.nn.attention import ConvolutionalProjection, MultiHeadAttention
-from tvg_lib.nn.sequence import FeedForward, LayerScale, zero_invalid
+from tvg_lib.nn.feed_forward import FeedForward
+from tvg_lib.nn.sequence import LayerScale, repeat_rows
 
 
 class CrossAttentionBlock(nn.Module):
@@ -62,18 +64,17 @@ class CrossAttentionBlock(nn.Module):
                 not depend on the query is computed once per video.
 
         Returns:
-            (Q, P, D)
+            (Q, P, D); of no meaning at invalid steps. Only the convolution reads other steps than
+            its own, and it reads zeros there.
         """
-        x = zero_invalid(x, mask)
         words = self.text_norm(text)
         found = self.attention(self.query(self.video_norm(x), mask), words, words, text_mask, row)
         scale, shift = found.chunk(2, dim=-1)
         x = self.modulation_norm(x)
         if row is not None:
-            x, mask = x[row], mask[row]
-        x = x * scale + shift
-        x = x + self.feed_forward_scale(self.feed_forward(self.feed_forward_norm(x)))
-        return zero_invalid(x, mask)
+            x = repeat_rows(x, row)
+        x = torch.addcmul(shift, x, scale)
+        return x + self.feed_forward_scale(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class LateFusion(nn.Module):
@@ -111,5 +112,5 @@ class LateFusion(nn.Module):
         """Args as in `CrossAttentionBlock`. Returns (Q, P, D) and the mask (Q, P)."""
         for number, layer in enumerate(self.layers):
             x = layer(x, mask, text, text_mask, row if number == 0 else None)
-            mask = mask[row] if number == 0 else mask
+            mask = repeat_rows(mask, row) if number == 0 else mask
         return self.norm(x), mask

@@ -27,7 +27,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tvg_lib.nn.sequence import FeedForward, LayerScale, zero_invalid
+from tvg_lib.nn.feed_forward import FeedForward
+from tvg_lib.nn.sequence import LayerScale, zero_invalid
 
 Values = Literal["words", "video"]
 

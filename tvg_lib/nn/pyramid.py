@@ -113,7 +113,7 @@ class ConvolutionalHead(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Args: x (Q, P, D), mask (Q, P). Returns (Q, P, out_channels)."""
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x = F.relu(norm(convolution(x, mask)[0]))
+            x = F.relu(norm(convolution(x, mask)[0]), inplace=True)
         return self.output(x, mask)[0]
 
 

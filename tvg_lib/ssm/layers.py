@@ -13,13 +13,14 @@ reproduces this, to match numbers of released checkpoints.
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tvg_lib.errors import ConfigurationError, DataError
+from tvg_lib.nn.convolution import depthwise_convolution
 from tvg_lib.ssm import kernels
 from tvg_lib.ssm.kernels import Backend
 from tvg_lib.ssm.s6 import s6_scan
@@ -33,51 +34,6 @@ class MambaState(NamedTuple):
     """(B, d_conv - 1, C): the last inputs of the convolution."""
     scan: Tensor
     """The scan's state: (B, D, N) for Mamba, (B, H, P, N) for Mamba2."""
-
-
-class _Depthwise(torch.autograd.Function):
-    """y_t = bias + sum_k w_k x_{t + k - before} on (B, T, C), zeros outside.
-
-    As a channels-last 2-D convolution, for which (B, T, C) is the native layout: about ten times
-    faster on the CPU than transposing. PyTorch's backward of it is not, hence the one here.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, before: int, after: int
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.before = before
-        length = x.shape[1] + before + after - weight.shape[1] + 1
-        with torch.autocast(x.device.type, enabled=False):
-            return _convolve(x, weight, bias, before, length)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        taps, length = weight.shape[1], x.shape[1]
-        kind = torch.promote_types(x.dtype, torch.float32)
-        dweight = torch.zeros(taps, weight.shape[0], dtype=kind, device=x.device)
-        with torch.autocast(x.device.type, enabled=False):
-            dx = _convolve(dy, weight.flip(1), None, taps - 1 - ctx.before, length)
-            for start in range(0, dy.shape[1], 512):  # short enough to stay in the cache
-                part = dy[:, start : start + 512].to(kind)
-                for k in range(taps):
-                    offset = start + k - ctx.before
-                    first, last = max(offset, 0), min(offset + part.shape[1], length)
-                    if first < last:
-                        seen = x[:, first:last]
-                        dweight[k] += (part[:, first - offset : last - offset] * seen).sum((0, 1))
-            dbias = dy.sum((0, 1), dtype=kind)
-        return dx, dweight.t().to(weight.dtype), dbias.to(weight.dtype), None, None
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, before: int, length: int) -> Tensor:
-    """The first `length` steps of y_t = bias + sum_k w_k x_{t + k - before}; weight (C, K)."""
-    padding = max(before, length - x.shape[1] + weight.shape[1] - 1 - before)
-    rows = x.contiguous().transpose(1, 2).unsqueeze(2)  # a copy costs less than a strided read
-    y = F.conv2d(rows, weight[:, None, None], bias, padding=(0, padding), groups=weight.shape[0])
-    return y.squeeze(2).transpose(1, 2)[:, padding - before : padding - before + length]
 
 
 class DepthwiseConv(nn.Conv1d):
@@ -106,7 +62,7 @@ class DepthwiseConv(nn.Conv1d):
             before = after = 0
         weight = self.weight.squeeze(1).to(x.dtype)
         bias = x.new_zeros(self.groups) if self.bias is None else self.bias.to(x.dtype)
-        return F.silu(_Depthwise.apply(x, weight, bias, before, after))
+        return F.silu(depthwise_convolution(x, weight, bias, before, after))
 
     def tail(self, x: Tensor, history: Tensor | None, mask: Tensor | None) -> Tensor:
         """The `history` with which the sequence would go on: inputs up to the last valid step."""
