@@ -32,6 +32,7 @@ VARIANTS = {
     "early-adaln-stride": {"early_fusion": True, "modulation": "adaln", "input_stride": 2},
     "one-directional-gated-pooling": {"bidirectional": False, "pooling": "gated", "stem": 1},
     "ungated-no-local-max": {"merge": "scaled_skip", "window": None, "pooling": "max"},
+    "strided": {"anchored": False},
     "residual-attention-pooling": {"merge": "residual", "pooling": "attention", "local_levels": 2},
 }
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -68,7 +69,10 @@ def plain_block(block, x):
         for norm in (block.global_norm, block.feed_forward_norm)
     ]
     rows, kinds = [], []
-    for start in range(0, len(x), block.stride):
+    starts = range(0, len(x), block.stride)
+    if not block.anchored:
+        rows, kinds = list(x), ["token"] * len(x)
+    for start in starts if block.anchored else ():
         tokens = x[start : start + block.stride]
         rows += [plain_pooling(block.pooling, tokens), *tokens]
         kinds += ["anchor"] + ["token"] * len(tokens)
@@ -92,6 +96,9 @@ def plain_block(block, x):
         x = merged(x, block.local_scale.scale * branch[0], block.local_gate)
     x = x + block.feed_forward_scale.scale * block.feed_forward(rms[1](x))
     tokens = torch.stack([row for row, kind in zip(x, kinds, strict=True) if kind == "token"])
+    if not block.anchored:
+        pooled = [plain_pooling(block.pooling, tokens[n : n + block.stride]) for n in starts]
+        return tokens, torch.stack(pooled)
     return tokens, torch.stack(
         [row for row, kind in zip(x, kinds, strict=True) if kind == "anchor"]
     )
@@ -109,6 +116,7 @@ BLOCKS = [
     {"bidirectional": False, "stride": 3},
     {"feed_forward": "swiglu", "stride": 4, "taps": 3, "expand": 1},
     {"feed_forward": "linear", "window": None},
+    {"anchored": False, "pooling": "gated"},
 ]
 
 

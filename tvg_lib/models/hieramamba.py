@@ -96,6 +96,8 @@ class AnchorMambaPooling(nn.Module):
         channels: C.
         stride: tokens per anchor.
         pooling: see `AnchorPooling`.
+        anchored: put anchors between the tokens. Without (plain strided pooling, for comparison)
+            the encoders see the tokens alone, and anchors are pooled from what comes out.
         bidirectional: Hydra as the global encoder, else Mamba-2, which hears only the past.
         state, expand, head_channels, taps: of the global encoder (d_state, expand, headdim,
             d_conv); `taps` None takes each layer's own default, 7 or 4.
@@ -116,6 +118,7 @@ class AnchorMambaPooling(nn.Module):
         channels: int,
         stride: int = 2,
         pooling: Pooling = "mean",
+        anchored: bool = True,
         bidirectional: bool = True,
         state: int = 64,
         expand: float = 2,
@@ -134,6 +137,7 @@ class AnchorMambaPooling(nn.Module):
                 f"unknown merge {merge!r}; expected 'gate', 'residual' or 'scaled_skip'"
             )
         self.stride = stride
+        self.anchored = anchored
         self.merge: Merge = merge
         self.leak_padding = leak_padding
         self.pooling = AnchorPooling(channels, pooling, dropout, leak_padding)
@@ -172,14 +176,21 @@ class AnchorMambaPooling(nn.Module):
         length = x.shape[1]
         tokens, valid = group(x, mask, self.stride)
         anchor_mask = valid.any(2)
-        x = interleave(self.pooling(tokens, valid), tokens)
-        mixed_mask = interleave(anchor_mask, valid)
-        x = self._globally(x, mixed_mask)
+        if self.anchored:
+            mixed = interleave(self.pooling(tokens, valid), tokens)
+            x = self._encoded(mixed, interleave(anchor_mask, valid))
+            anchors, tokens = separate(x, self.stride, length)
+            anchors, tokens = zero_invalid(anchors, anchor_mask), zero_invalid(tokens, mask)
+        else:
+            tokens = zero_invalid(self._encoded(x, mask), mask)
+            anchors = self.pooling(*group(tokens, mask, self.stride))
+        return tokens, anchors, anchor_mask
+
+    def _encoded(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self._globally(x, mask)
         if self.local_encoder is not None:
-            x = self._locally(x, mixed_mask)
-        x = x + self.feed_forward_scale(self.feed_forward(self.feed_forward_norm(x)))
-        anchors, tokens = separate(x, self.stride, length)
-        return zero_invalid(tokens, mask), zero_invalid(anchors, anchor_mask), anchor_mask
+            x = self._locally(x, mask)
+        return x + self.feed_forward_scale(self.feed_forward(self.feed_forward_norm(x)))
 
     def _globally(self, x: Tensor, mask: Tensor) -> Tensor:
         branch = self.global_encoder(self.global_norm(x), None if self.leak_padding else mask)
@@ -232,6 +243,7 @@ class VideoMamba(nn.Module):
             AnchorMambaPooling(
                 config.channels,
                 pooling=config.pooling,
+                anchored=config.anchored,
                 bidirectional=config.bidirectional,
                 state=config.state,
                 expand=config.expand,
@@ -282,7 +294,7 @@ class HieraMambaConfig(SnagConfig):
     stem, `window` of the local attention inside the blocks (None leaves the local encoder out).
 
     Attributes:
-        pooling, bidirectional, state, expand, head_channels, taps, local_heads, merge,
+        pooling, anchored, bidirectional, state, expand, head_channels, taps, local_heads, merge,
             feed_forward: of the blocks, see `AnchorMambaPooling`.
         windowed_levels: local attention has its window in so many levels and is full above.
         local_levels: the local encoder is left out from this level on; None keeps it everywhere.
@@ -296,6 +308,7 @@ class HieraMambaConfig(SnagConfig):
 
     window: int | None = 5
     pooling: Pooling = "mean"
+    anchored: bool = True
     bidirectional: bool = True
     state: int = 64
     expand: float = 2
