@@ -10,7 +10,7 @@ them, so a change of the world, the pictures or the weights never meets old feat
 side by side in processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -25,8 +25,9 @@ from tvg_lib import paths
 from tvg_lib.checkpoints import read_state, write_state
 from tvg_lib.data.dataset import GroundingDataset, Query, Video
 from tvg_lib.data.features import ArrayStore
+from tvg_lib.encoders import tiny
 from tvg_lib.encoders.tiny import TinyConfig, TinyDualEncoder
-from tvg_lib.errors import ConfigurationError
+from tvg_lib.errors import ConfigurationError, DataError
 from tvg_lib.fingerprint import code_fingerprint, value_fingerprint
 from tvg_lib.moments import TimeGrid
 from tvg_lib.shapestories import generator, language, questions, render, world
@@ -47,6 +48,7 @@ FILMS: dict[str, dict[Length, tuple[int, int, int]]] = {
 }
 FILMS["gpu"] = FILMS["full"]
 
+_FORMAT = "tvg-companion/shapestories-film/1"
 _WINDOWS_AT_ONCE = 128
 _WORTH_A_POOL = 12  # short films; starting processes costs more than a handful of films
 
@@ -151,6 +153,49 @@ def load(
     )
 
 
+def annotations(config: StoryConfig, split: Split, films: int, seed: int = 0) -> GroundingDataset:
+    """The same videos and queries as `load`, without pictures: quick, for audits and oracles."""
+    videos: dict[str, Video] = {}
+    queries: list[Query] = []
+    grid = grid_of(tiny_dual_encoder().config)
+    for script in scripts(config, split, films, seed).values():
+        videos[script.id] = Video(script.id, script.duration, grid)
+        queries += [
+            Query(
+                _query_id(script.id, question.level, number),
+                script.id,
+                question.text,
+                question.moments,
+            )
+            for number, question in enumerate(ask(script, config))
+        ]
+    nothing = _NotDrawn()
+    name = f"shapestories-{config.name}/{split}"
+    return GroundingDataset(name, videos, tuple(queries), nothing, nothing)
+
+
+class _NotDrawn:
+    """A feature store of films that nobody has drawn."""
+
+    dim = 0
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        raise DataError(f"{key!r} has annotations only; `load` gives its features too")
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def _query_id(film: str, level: str, number: int) -> str:
+    return f"{film}-{level}-{number:02d}"
+
+
 def scripts(config: StoryConfig, split: Split, films: int, seed: int = 0) -> dict[str, Script]:
     """The scripts that the films of `load` follow, by video id."""
     made = (generator.write_script(config, split, number, seed) for number in range(films))
@@ -207,7 +252,8 @@ def _key(
     look: RenderConfig,
     names: tuple[str, str],
 ) -> str:
-    decides = [asdict(config), split, number, seed, asdict(look), names, _code()]
+    world_seen = [asdict(config), split, number, seed, asdict(look), _code()]
+    decides = [_FORMAT, tiny.FORMAT, names, world_seen]
     return value_fingerprint(decides)[:32]
 
 
@@ -310,7 +356,7 @@ def _read(path: Path, film: str, encoder: TinyDualEncoder) -> Film:
     ends = np.cumsum(state["words"])
     queries, words, sentences = [], {}, {}
     for number, (text, level, moments) in enumerate(state["questions"]):
-        key = f"{film}-{level}-{number:02d}"
+        key = _query_id(film, level, number)
         queries.append(Query(key, film, text, np.array(moments)))
         words[key] = rows["words"][ends[number] - state["words"][number] : ends[number]]
         sentences[key] = rows["sentences"][number][None]

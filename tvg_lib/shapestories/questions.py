@@ -94,7 +94,7 @@ def ask(script: Script, config: StoryConfig) -> tuple[Question, ...]:
 
 
 def unseen(meaning: Meaning) -> bool:
-    """Whether a meaning joins a colour and shape, or shape and deed, that no training film joins."""
+    """Whether a meaning joins a colour and shape, or a shape and deed, of test films only."""
     if isinstance(meaning, Nth):
         return unseen(meaning.base)
     if isinstance(meaning, Relative):
