@@ -16,7 +16,7 @@
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,21 @@ def s6_reference(
     return torch.stack(outputs, 1), h
 
 
+class _Inputs(NamedTuple):
+    """What a scan is computed from, or its gradients; shapes in the module's glossary."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    z: Tensor | None = None
+    dt_bias: Tensor | None = None
+    mask: Tensor | None = None
+    initial_state: Tensor | None = None
+
+
 def s6_scan(
     x: Tensor,
     dt: Tensor,
@@ -95,35 +110,18 @@ def s6_scan(
         DataError: shapes do not fit one another.
         ConfigurationError: the backend asked for cannot be used.
     """
-    _check(x, dt, A, B, C, D, z, dt_bias, mask, initial_state)
+    inputs = _Inputs(x, dt, A, B, C, D, z, dt_bias, mask, initial_state)
+    _check(inputs)
     obstacle = "the S6 kernel takes no initial state" if initial_state is not None else ""
     if kernels.wanted(backend, kernels.selective_scan, x, obstacle):
-        return _kernel(x, dt, A, B, C, D, z, dt_bias, dt_softplus, mask)
+        return _kernel(inputs, dt_softplus)
     if backend == "reference":
-        accumulate = torch.promote_types(x.dtype, torch.float32)
-        xf, step, Bf, Cf = (v.to(accumulate) for v in (x, dt, B, C))
-        step = step if dt_bias is None else step + dt_bias.to(accumulate)
-        step = F.softplus(step) if dt_softplus else step
-        y, state = s6_reference(xf, step, A.to(accumulate), Bf, Cf, initial_state, mask)
-        y = y if D is None else y + D.to(accumulate) * xf
-        y = y if z is None else y * F.silu(z.to(accumulate))
-        y = y if mask is None else y * mask[:, :, None]
-        return y.to(x.dtype), state
-    return _S6.apply(x, dt, A, B, C, D, z, dt_bias, initial_state, mask, dt_softplus)
+        return _recurrence(inputs, dt_softplus)
+    return _S6.apply(dt_softplus, *inputs)
 
 
-def _check(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    mask: Tensor | None,
-    state: Tensor | None,
-) -> None:
+def _check(inputs: _Inputs) -> None:
+    x, A = inputs.x, inputs.A
     if x.dim() != 3 or A.dim() != 2 or x.shape[1] == 0:
         raise DataError(
             "s6: expected x of shape (B, T >= 1, D) and A of shape (D, N), "
@@ -131,44 +129,51 @@ def _check(
         )
     batch, steps, width = x.shape
     n = A.shape[1]
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "dt": (dt, (batch, steps, width)),
-        "A": (A, (width, n)),
-        "B": (B, (batch, steps, n)),
-        "C": (C, (batch, steps, n)),
-        "D": (D, (width,)),
-        "z": (z, (batch, steps, width)),
-        "dt_bias": (dt_bias, (width,)),
-        "mask": (mask, (batch, steps)),
-        "initial_state": (state, (batch, width, n)),
+    expected: dict[str, tuple[int, ...]] = {
+        "dt": (batch, steps, width),
+        "A": (width, n),
+        "B": (batch, steps, n),
+        "C": (batch, steps, n),
+        "D": (width,),
+        "z": (batch, steps, width),
+        "dt_bias": (width,),
+        "mask": (batch, steps),
+        "initial_state": (batch, width, n),
     }
-    check_shapes("s6", expected, mask)
+    check_shapes("s6", inputs._asdict(), expected)
 
 
 def check_shapes(
-    scan: str, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]], mask: Tensor | None
+    scan: str, tensors: dict[str, Tensor | None], expected: dict[str, tuple[int, ...]]
 ) -> None:
-    """Raise `DataError` for the first tensor whose shape is not the expected one."""
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
+    """Raise `DataError` for the first tensor whose shape, or a mask whose type, is not expected."""
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
             raise DataError(f"{scan}: {name}: expected {shape}, found {tuple(tensor.shape)}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise DataError(f"{scan}: mask: expected bool, True where valid, found {mask.dtype}")
+        if name == "mask" and tensor.dtype != torch.bool:
+            raise DataError(f"{scan}: mask: expected bool, True where valid, found {tensor.dtype}")
 
 
-def _kernel(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _recurrence(inputs: _Inputs, dt_softplus: bool) -> tuple[Tensor, Tensor]:
+    """`s6_reference` with step size, skip connection and gate, in the accumulation type."""
+    kind = torch.promote_types(inputs.x.dtype, torch.float32)
+    cast = {k: v.to(kind) for k, v in inputs._asdict().items() if v is not None and k != "mask"}
+    x, step, A, B, C, D, z, dt_bias, mask, state = inputs._replace(**cast)
+    step = step if dt_bias is None else step + dt_bias
+    step = F.softplus(step) if dt_softplus else step
+    y, state = s6_reference(x, step, A, B, C, state, mask)
+    y = y if D is None else y + D * x
+    y = y if z is None else y * F.silu(z)
+    y = y if mask is None else y * mask[:, :, None]
+    return y.to(inputs.x.dtype), state
+
+
+def _kernel(inputs: _Inputs, dt_softplus: bool) -> tuple[Tensor, Tensor]:
     """mamba-ssm's kernel; it wants channels before time, and float32 for A, D and the bias."""
+    x, dt, A, B, C, D, z, dt_bias, mask, _ = inputs
     if mask is not None:
         dt = silence(dt, mask, dt_softplus, dt_bias)
     call = kernels.selective_scan().call
@@ -216,21 +221,10 @@ class _S6(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        state: Tensor | None,
-        mask: Tensor | None,
-        softplus: bool,
-    ) -> tuple[Tensor, Tensor]:
-        scan = _Blocks(x, dt, A, B, C, D, z, dt_bias, mask, softplus)
+    def forward(ctx: Any, softplus: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        inputs = _Inputs(*tensors)  # type: ignore[arg-type]
+        x, state = inputs.x, inputs.initial_state
+        scan = _Blocks(inputs, softplus)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         final = x.new_zeros(scan.batch, scan.n, scan.width, dtype=scan.type)
         if state is not None:
@@ -254,15 +248,16 @@ class _S6(torch.autograd.Function):
                     if block.mask is not None:
                         out.mul_(block.mask)
                     y[rows, time] = out
-        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, mask, *starts)
+        ctx.save_for_backward(*tensors, *starts)
         ctx.softplus = softplus
-        ctx.has_state = state is not None
         return y, final.transpose(1, 2).contiguous()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, z, dt_bias, mask, *starts = ctx.saved_tensors
-        scan = _Blocks(x, dt, A, B, C, D, z, dt_bias, mask, ctx.softplus)
+        count = len(_Inputs._fields)
+        inputs, starts = _Inputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
+        x, dt, A, B, C, D, z, dt_bias, _, state = inputs
+        scan = _Blocks(inputs, ctx.softplus)
         dx, ddt = torch.empty_like(x), torch.empty_like(dt)
         dB, dC = torch.empty_like(B), torch.empty_like(C)
         dz = None if z is None else torch.empty_like(z)
@@ -324,17 +319,18 @@ class _S6(torch.autograd.Function):
                         du.addcmul_(out, block.D)
                     dx[rows, time] = du
         return (
-            dx,
-            ddt,
-            dA.t().to(A.dtype),
-            dB,
-            dC,
-            None if D is None else dD.to(D.dtype),
-            dz,
-            None if dt_bias is None else dbias.to(dt_bias.dtype),
-            g_out.transpose(1, 2) if ctx.has_state else None,
             None,
-            None,
+            *_Inputs(
+                dx,
+                ddt,
+                dA.t().to(A.dtype),
+                dB,
+                dC,
+                D=None if D is None else dD.to(D.dtype),
+                z=dz,
+                dt_bias=None if dt_bias is None else dbias.to(dt_bias.dtype),
+                initial_state=None if state is None else g_out.transpose(1, 2),
+            ),
         )
 
 
@@ -355,23 +351,12 @@ class _Block:
 class _Blocks:
     """Cuts a scan into blocks whose states fit the cache, and owns the two state buffers."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        mask: Tensor | None,
-        softplus: bool,
-    ) -> None:
+    def __init__(self, inputs: _Inputs, softplus: bool) -> None:
+        x, A, D, dt_bias = inputs.x, inputs.A, inputs.D, inputs.dt_bias
+        self.inputs = inputs
         self.type = torch.promote_types(x.dtype, torch.float32)
         self.batch, self.length, self.width = x.shape
         self.n = A.shape[1]
-        self.inputs = (x, dt, B, C, z, mask)
         self.A = A.t().to(self.type).contiguous()  # (N, D)
         self.A2 = self.A * _LOG2E
         self.D = None if D is None else D.to(self.type)
@@ -391,7 +376,7 @@ class _Blocks:
         return [slice(t, t + self.steps) for t in range(0, self.length, self.steps)]
 
     def load(self, rows: slice, time: slice) -> _Block:
-        x, dt, B, C, z, mask = self.inputs
+        x, dt, _, B, C, _, z, _, mask, _ = self.inputs
         block = _Block()
         block.x = x[rows, time].to(self.type)
         block.B = B[rows, time].to(self.type)

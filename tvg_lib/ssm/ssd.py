@@ -20,8 +20,10 @@ chunk to chunk, where the paper's listing 1 forms a (chunks x chunks) matrix.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,7 @@ from tvg_lib.ssm.kernels import Backend
 from tvg_lib.ssm.s6 import check_shapes, silence
 
 _LOG2E = math.log2(math.e)
+_CHUNK = 64
 _CPU_BLOCK = 1 << 18  # entries of the (Q x Q) matrices held at once
 _GPU_BLOCK = 1 << 27
 
@@ -70,6 +73,20 @@ def ssd_reference(
     return torch.stack(outputs, 1), h
 
 
+class _Inputs(NamedTuple):
+    """What a scan is computed from, or its gradients; shapes in the module's glossary."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    dt_bias: Tensor | None = None
+    mask: Tensor | None = None
+    initial_state: Tensor | None = None
+
+
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
@@ -82,6 +99,7 @@ def ssd_scan(
     dt_softplus: bool = False,
     mask: Tensor | None = None,
     initial_state: Tensor | None = None,
+    reverse: bool = False,
     chunk_size: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -93,56 +111,41 @@ def ssd_scan(
         dt_softplus: pass `dt + dt_bias` through softplus.
         mask: (B, T), True where valid. Other steps leave the state as it is and give zero.
         initial_state: (B, H, P, N), state before the first step; zeros if None.
+        reverse: run from the last step to the first, as if all inputs were flipped along time and
+            the output flipped back (nothing is flipped in PyTorch).
         chunk_size: steps that attend to one another directly. None: 64 in PyTorch (the fastest of
             32, 64, 128, 256 on two CPU cores), 256 in the kernel. It never changes the result
             beyond rounding.
         backend: see `tvg_lib.ssm.Backend`.
 
     Returns:
-        y (B, T, H, P) in the type of `x`, and the state after the last step (B, H, P, N), float32
-        (float64 for float64 input).
+        y (B, T, H, P) in the type of `x`, and the state after the run's last step (B, H, P, N),
+        float32 (float64 for float64 input).
 
     Raises:
         DataError: shapes do not fit one another.
         ConfigurationError: the backend asked for cannot be used.
     """
-    _check(x, dt, A, B, C, D, dt_bias, mask, initial_state, chunk_size)
+    inputs = _Inputs(x, dt, A, B, C, D, dt_bias, mask, initial_state)
+    _check(inputs, chunk_size)
     if kernels.wanted(backend, kernels.chunk_scan, x):
-        size = 256 if chunk_size is None else chunk_size
-        return _kernel(x, dt, A, B, C, D, dt_bias, dt_softplus, mask, initial_state, size)
-    accumulate = torch.promote_types(x.dtype, torch.float32)
-    step = dt.to(accumulate)
-    step = step if dt_bias is None else step + dt_bias.to(accumulate)
+        call = partial(_kernel, dt_softplus=dt_softplus, chunk_size=chunk_size or 256)
+        return _turned(call, inputs) if reverse else call(inputs)
+    kind = torch.promote_types(x.dtype, torch.float32)
+    step = dt.to(kind)
+    step = step if dt_bias is None else step + dt_bias.to(kind)
     step = F.softplus(step) if dt_softplus else step
-    A = A.to(accumulate)
+    inputs = inputs._replace(dt=step, A=A.to(kind), dt_bias=None)
     if backend == "reference":
-        xf = x.to(accumulate)
-        y, state = ssd_reference(
-            xf, step, A, B.to(accumulate), C.to(accumulate), initial_state, mask
-        )
-        if D is not None:
-            y = y + (D if D.dim() == 2 else D[:, None]).to(accumulate) * xf
-        y = y.to(x.dtype)
-    else:
-        if mask is not None:  # a step of size zero neither writes to the state nor lets it decay
-            step = step * mask[:, :, None]
-        q = 64 if chunk_size is None else chunk_size
-        y, state = _by_group(x, step, A, B, C, D, initial_state, q)
+        return _turned(_recurrence, inputs) if reverse else _recurrence(inputs)
+    if mask is not None:  # a step of size zero neither writes to the state nor lets it decay
+        inputs = inputs._replace(dt=step * mask[:, :, None], mask=None)
+    y, state = _by_group(inputs, chunk_size or _CHUNK, reverse)
     return (y if mask is None else y * mask[:, :, None, None]), state
 
 
-def _check(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    mask: Tensor | None,
-    state: Tensor | None,
-    chunk_size: int | None,
-) -> None:
+def _check(inputs: _Inputs, chunk_size: int | None) -> None:
+    x, B, D = inputs.x, inputs.B, inputs.D
     if x.dim() != 4 or B.dim() != 4 or x.shape[1] == 0:
         raise DataError(
             "ssd: expected x of shape (B, T >= 1, H, P) and B of shape (B, T, G, N), "
@@ -154,33 +157,42 @@ def _check(
         raise DataError(f"ssd: expected groups that divide {heads} heads, found {groups}")
     if chunk_size is not None and chunk_size < 1:
         raise DataError(f"ssd: chunk_size: expected at least 1, found {chunk_size}")
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "dt": (dt, (batch, steps, heads)),
-        "A": (A, (heads,)),
-        "B": (B, (batch, steps, groups, n)),
-        "C": (C, (batch, steps, groups, n)),
-        "D": (D, (heads, channels) if D is not None and D.dim() == 2 else (heads,)),
-        "dt_bias": (dt_bias, (heads,)),
-        "mask": (mask, (batch, steps)),
-        "initial_state": (state, (batch, heads, channels, n)),
+    expected = {
+        "dt": (batch, steps, heads),
+        "A": (heads,),
+        "B": (batch, steps, groups, n),
+        "C": (batch, steps, groups, n),
+        "D": (heads, channels) if D is not None and D.dim() == 2 else (heads,),
+        "dt_bias": (heads,),
+        "mask": (batch, steps),
+        "initial_state": (batch, heads, channels, n),
     }
-    check_shapes("ssd", expected, mask)
+    check_shapes("ssd", inputs._asdict(), expected)
 
 
-def _kernel(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    mask: Tensor | None,
-    state: Tensor | None,
-    chunk_size: int,
+def _turned(
+    call: Callable[[_Inputs], tuple[Tensor, Tensor]], inputs: _Inputs
 ) -> tuple[Tensor, Tensor]:
+    """`call` on everything flipped along time, its output flipped back."""
+    along_time = {name: getattr(inputs, name) for name in ("x", "dt", "B", "C", "mask")}
+    flipped = {name: v if v is None else v.flip(1) for name, v in along_time.items()}
+    y, state = call(inputs._replace(**flipped))
+    return y.flip(1), state
+
+
+def _recurrence(inputs: _Inputs) -> tuple[Tensor, Tensor]:
+    """`ssd_reference` with the skip connection, in the accumulation type."""
+    x, dt, A, B, C, D, _, mask, state = inputs
+    xf = x.to(dt.dtype)
+    y, state = ssd_reference(xf, dt, A, B.to(dt.dtype), C.to(dt.dtype), state, mask)
+    if D is not None:
+        y = y + _per_channel(D).to(dt.dtype) * xf
+    return (y if mask is None else y * mask[:, :, None, None]).to(x.dtype), state
+
+
+def _kernel(inputs: _Inputs, dt_softplus: bool, chunk_size: int) -> tuple[Tensor, Tensor]:
     """mamba-ssm's Triton kernels."""
+    x, dt, A, B, C, D, dt_bias, mask, state = inputs
     if mask is not None:
         dt = silence(dt, mask, dt_softplus, dt_bias)
     call = kernels.chunk_scan().call
@@ -201,34 +213,24 @@ def _kernel(
     return (y if mask is None else y.masked_fill(~mask[:, :, None, None], 0)), final
 
 
-def _by_group(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    state: Tensor | None,
-    q: int,
-) -> tuple[Tensor, Tensor]:
+def _by_group(inputs: _Inputs, q: int, reverse: bool) -> tuple[Tensor, Tensor]:
     """Run the chunked scan once per group of heads that share B and C (nearly always one)."""
+    x, dt, A, B, C, D, _, _, state = inputs
     groups = B.shape[2]
     share = x.shape[2] // groups
     parts = []
     for g in range(groups):
         h = slice(g * share, (g + 1) * share)
-        parts.append(
-            _SSD.apply(
-                x[:, :, h],
-                dt[:, :, h],
-                A[h],
-                B[:, :, g],
-                C[:, :, g],
-                None if D is None else D[h],
-                None if state is None else state[:, h],
-                q,
-            )
+        group = _Inputs(
+            x[:, :, h],
+            dt[:, :, h],
+            A[h],
+            B[:, :, g],
+            C[:, :, g],
+            None if D is None else D[h],
+            initial_state=None if state is None else state[:, h],
         )
+        parts.append(_SSD.apply(q, reverse, *group))
     if groups == 1:
         return parts[0]
     return torch.cat([y for y, _ in parts], 2), torch.cat([s for _, s in parts], 1)
@@ -240,8 +242,8 @@ class _SSD(torch.autograd.Function):
     Everything that involves the state is one large matrix product over all heads, in the layout the
     inputs already have: states are (N, H * P), chunks (Q, H * P). Only the (Q x Q) attention needs
     heads apart. Chunks are taken a block at a time, so the (Q x Q) matrices stay in the cache and
-    are never stored; the backward pass forms them again. Kept for it: the inputs and the state at
-    the start of each chunk (as many numbers as `x` when Q = N).
+    are never stored. Kept for the backward pass: the inputs and one state per block; the states of
+    the chunks and the matrices are formed again.
 
     Rounding: a_i - a_j is a difference of sums over at most Q steps. Its error is at most about
     Q * eps * (mean step) and enters multiplied by exp(a_i - a_j), so it stays below 3e-6 for Q = 64
@@ -249,203 +251,246 @@ class _SSD(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        state: Tensor | None,
-        q: int,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: int, reverse: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        inputs = _Inputs(*tensors)  # type: ignore[arg-type]
+        x, state = inputs.x, inputs.initial_state
         batch, _, heads, channels = x.shape
-        n = B.shape[2]
+        n = inputs.B.shape[2]
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        h = dt.new_zeros(batch, n, heads * channels)
+        h = inputs.dt.new_zeros(batch, n, heads * channels)
         if state is not None:
             h.copy_(state.permute(0, 3, 1, 2).reshape(h.shape))
-        keep = any(ctx.needs_input_grad)
         kept = []
         with torch.autocast(x.device.type, enabled=False):
-            for time, q_now in _blocks(x, q):
-                block = _Chunks(x, dt, A, B, C, time, q_now)
-                starts, h = block.pass_states(h)
-                if keep:
-                    kept.append(starts)
-                out = block.from_states(starts)
-                _, attention = block.attention(in_place=True)
-                seen = attention @ _heads_first(block.x, block.dt)
-                if D is not None:
-                    out.addcmul_(block.x, _per_channel(D))
-                torch.add(out, _split(seen), out=out)
-                y[:, time] = out.view(batch, -1, heads, channels)
-        ctx.save_for_backward(x, dt, A, B, C, D, *kept)
-        ctx.q = q
-        ctx.has_state = state is not None
+            for part in _parts(inputs, q, reverse):
+                for block in part.blocks():
+                    kept.append(h)
+                    starts, h = block.states(h)
+                    through = torch.bmm(block.C, starts).view(block.shape)
+                    _, attention = block.attention(in_place=True)
+                    seen = torch.bmm(attention, block.heads_first(block.x, block.dt))
+                    seen = block.heads_last(seen)
+                    if inputs.D is not None:
+                        seen = torch.addcmul(seen, block.x, _per_channel(inputs.D))
+                    block.store(y, torch.addcmul(seen, through, block.from_start))
+        ctx.save_for_backward(*tensors, *(kept if any(ctx.needs_input_grad) else ()))
+        ctx.q, ctx.reverse = q, reverse
         return y, h.view(batch, n, heads, channels).permute(0, 2, 3, 1).contiguous()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, *kept = ctx.saved_tensors
+        count = len(_Inputs._fields)
+        inputs, kept = _Inputs(*ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
+        x, dt, A, B, C, D = inputs[:6]
         batch, _, heads, channels = x.shape
         n = B.shape[2]
-        dx, ddt = torch.empty_like(x), torch.empty_like(dt)
+        dx, ddt, da = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(dt)
         dB, dC = torch.empty_like(B), torch.empty_like(C)
         dA = torch.zeros_like(A)
         dD = dA.new_zeros(heads, channels)
         g = dstate.permute(0, 3, 1, 2).reshape(batch, n, -1).to(dt.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            for (time, q), starts in zip(
-                reversed(list(_blocks(x, ctx.q))), kept[::-1], strict=True
-            ):
-                block = _Chunks(x, dt, A, B, C, time, q)
-                out = _chunked(dy, time, q, dt.dtype)
-                # through the state: y_i = exp(a_i) C_i h_start
-                scaled = (out * block.from_start).flatten(3)
-                through = block.C.transpose(2, 3) @ scaled  # gradient of h_start, (b, c, N, HP)
-                ends, g = block.pass_gradients(through, g)  # gradient of each chunk's last state
-                dC_block = scaled @ starts.transpose(2, 3)
-                da = block.from_states(starts).mul_(out).sum(4)
-                # through the write: h_end = exp(a_Q) h_start + sum_j exp(a_Q - a_j) xd_j B_j
-                dB_block = block.xw.flatten(3) @ ends.transpose(2, 3)
-                dxd = (block.B @ ends).view(out.shape).mul_(block.to_end)
-                write = (dxd * block.x).sum(4).mul_(block.dt)
-                da_end = (ends * starts).sum(2).view(batch, -1, heads, channels).sum(3)
-                da_end = da_end * block.decay + write.sum(2)
-                da -= write
-                # within the chunk: y_i = sum_j M_ij xd_j, M = G o L, G = C B^T
-                decays, attention = block.attention()
-                out_h, xd_h = _heads_first(out), _heads_first(block.x, block.dt)
-                dxd += _split(attention.transpose(3, 4) @ out_h)
-                weighted = torch.matmul(out_h, xd_h.transpose(3, 4)).mul_(decays)  # dM o L
-                dG = weighted.sum(2).tril_()
-                dC_block += dG @ block.B
-                dB_block += dG.transpose(2, 3) @ block.C
-                # dM o M below the diagonal: a_i - a_j is zero on it
-                weighted.mul_(block.scores().tril_(-1).unsqueeze(2))
-                da += (weighted.sum(4) - weighted.sum(3)).transpose(2, 3)
-                da[:, :, -1] += da_end
-                # a is a running sum within the chunk, so its gradient is one from the end
-                dstep = da.flip(2).cumsum(2).flip(2)
-                dA += (dstep * block.dt).sum((0, 1, 2))
-                dstep = dstep * A + (dxd * block.x).sum(4)
-                dxd.mul_(block.dt.unsqueeze(4))
-                if D is not None:
-                    dD += (out * block.x).sum((0, 1, 2))
-                    dxd.addcmul_(out, _per_channel(D))
-                dx[:, time] = dxd.view(batch, -1, heads, channels)
-                ddt[:, time] = dstep.view(batch, -1, heads)
-                dB[:, time] = dB_block.flatten(1, 2)
-                dC[:, time] = dC_block.flatten(1, 2)
+            for part in reversed(_parts(inputs, ctx.q, ctx.reverse)):
+                for block in part.blocks(backwards=True):
+                    starts, _ = block.states(kept.pop())
+                    out = block.load(dy)
+                    # through the state: y_i = exp(a_i) C_i h_start
+                    scaled = out * block.from_start
+                    rows = scaled.flatten(2)
+                    ends, g = block.gradients(torch.bmm(block.C.mT, rows), g)
+                    dC_block = torch.bmm(rows, starts.mT)
+                    da_block = scaled.mul_(torch.bmm(block.C, starts).view(block.shape)).sum(3)
+                    # through the write: h_end = exp(a_Q) h_start + sum_j exp(a_Q - a_j) xd_j B_j
+                    dB_block = torch.bmm(block.xw.flatten(2), ends.mT)
+                    dxd = torch.bmm(block.B, ends).view(block.shape)
+                    write = block.xw.mul_(dxd).sum(3)
+                    dxd.mul_(block.to_end)
+                    da_block -= write
+                    da_end = ends.mul_(starts).sum(1).view(-1, heads, channels).sum(2)
+                    da_block[:, block.last] += da_end.mul_(block.decay.flatten(0, 1)).add_(
+                        write.sum(1)
+                    )
+                    # within the chunk: y_i = sum_j M_ij xd_j, M = G o L, G = C B^T
+                    decays, attention = block.attention()
+                    out_h, xd_h = block.heads_first(out), block.heads_first(block.x, block.dt)
+                    dxd += block.heads_last(torch.bmm(attention.mT, out_h))
+                    weighted = torch.bmm(out_h, xd_h.mT).mul_(decays)  # dM o L
+                    by_head = weighted.unflatten(0, (-1, heads))
+                    dG = block.cut(by_head.sum(1))
+                    dC_block.baddbmm_(dG, block.B)
+                    dB_block.baddbmm_(dG.mT, block.C)
+                    # dM o M off the diagonal: a_i - a_j is zero on it
+                    by_head.mul_(block.scores(1).unsqueeze(1))
+                    da_block += (by_head.sum(3) - by_head.sum(2)).transpose(1, 2)
+                    block.store(da, da_block)
+                    block.store(ddt, (dxd * block.x).sum(3))
+                    dxd.mul_(block.dt)
+                    if D is not None:
+                        dD += (out * block.x).sum((0, 1))
+                        dxd.addcmul_(out, _per_channel(D))
+                    block.store(dx, dxd)
+                    block.store(dB, dB_block)
+                    block.store(dC, dC_block)
+                # a is a running sum within the chunk, so its gradient is one from the other end
+                dstep = part.running_sum(part.chunked(da), not ctx.reverse)
+                dA += (dstep * part.dt).sum((0, 1, 2))
+                part.chunked(ddt).addcmul_(dstep, A)
         if D is not None:
             dD = (dD if D.dim() == 2 else dD.sum(1)).to(D.dtype)
+        dinitial = g.view(batch, n, heads, channels).permute(0, 2, 3, 1)
         return (
-            dx,
-            ddt,
-            dA,
-            dB,
-            dC,
-            None if D is None else dD,
-            g.view(batch, n, heads, channels).permute(0, 2, 3, 1) if ctx.has_state else None,
             None,
+            None,
+            *_Inputs(
+                dx,
+                ddt,
+                dA,
+                dB,
+                dC,
+                None if D is None else dD,
+                initial_state=None if inputs.initial_state is None else dinitial,
+            ),
         )
-
-
-def _blocks(x: Tensor, q: int) -> Iterator[tuple[slice, int]]:
-    """Time ranges of whole chunks, as many as fit the budget, then the shorter last chunk."""
-    batch, length, heads, _ = x.shape
-    room = _GPU_BLOCK if x.is_cuda else _CPU_BLOCK
-    size = q * max(1, room // (batch * heads * q * q))
-    whole = length // q * q
-    for t in range(0, whole, size):
-        yield slice(t, min(t + size, whole)), q
-    if whole < length:
-        yield slice(whole, length), length - whole
-
-
-def _chunked(v: Tensor, time: slice, q: int, dtype: torch.dtype) -> Tensor:
-    """(B, T, ...) -> (B, chunks, Q, ...) for one time range."""
-    return v[:, time].to(dtype).unflatten(1, (-1, q))
-
-
-def _heads_first(v: Tensor, factor: Tensor | None = None) -> Tensor:
-    """(B, c, Q, H, P) -> (B, c, H, Q, P), contiguous for the batched product.
-
-    `factor` (B, c, Q, H) multiplies on the way.
-    """
-    turned = v.transpose(2, 3)
-    if factor is None:
-        return turned.contiguous()
-    place = torch.empty(turned.shape, dtype=v.dtype, device=v.device)
-    return torch.mul(turned, factor.transpose(2, 3).unsqueeze(4), out=place)
-
-
-def _split(v: Tensor) -> Tensor:
-    """(B, c, H, Q, P) -> (B, c, Q, H, P), a view."""
-    return v.transpose(2, 3)
 
 
 def _per_channel(D: Tensor) -> Tensor:
     return D if D.dim() == 2 else D[:, None]
 
 
+def _parts(inputs: _Inputs, q: int, reverse: bool) -> list["_Chunks"]:
+    """The whole chunks, and the shorter one that is left, in the order of the run."""
+    length = inputs.x.shape[1]
+    whole = length // q * q
+    cuts = [(0, whole, q), (whole, length, length - whole)]
+    parts = [_Chunks(inputs, slice(a, b), size, reverse) for a, b, size in cuts if a < b]
+    return parts[::-1] if reverse else parts
+
+
 class _Chunks:
-    """One block of chunks (B, c, Q, ...) with its decays, in the accumulation type."""
+    """Consecutive chunks of one length: their decays, and how they are cut into blocks."""
 
-    def __init__(
-        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, time: slice, q: int
-    ) -> None:
-        kind = dt.dtype
-        self.x = _chunked(x, time, q, kind)  # (B, c, Q, H, P)
-        self.dt = _chunked(dt, time, q, kind)  # (B, c, Q, H)
-        self.B = _chunked(B, time, q, kind)  # (B, c, Q, N)
-        self.C = _chunked(C, time, q, kind)
-        a = (self.dt * (A * _LOG2E)).cumsum(2)  # a_i in powers of two: exp2 is the faster one
+    def __init__(self, inputs: _Inputs, time: slice, q: int, reverse: bool) -> None:
+        self.inputs, self.time, self.q, self.reverse = inputs, time, q, reverse
+        self.dt = self.chunked(inputs.dt)  # (B, c, Q, H)
+        # a_i in powers of two: exp2 is faster than exp
+        a = self.running_sum(self.dt * (inputs.A * _LOG2E), reverse)
+        end = a[:, :, :1] if reverse else a[:, :, -1:]
         self.a = a.transpose(2, 3).contiguous()  # (B, c, H, Q)
-        self.decay = torch.exp2(a[:, :, -1])  # (B, c, H), over the whole chunk
-        self.from_start = torch.exp2(a).unsqueeze(4)  # (B, c, Q, H, 1)
-        self.to_end = torch.exp2(a[:, :, -1:] - a).unsqueeze(4)
-        self.xw = self.x * (self.to_end * self.dt.unsqueeze(4))
+        self.from_start = torch.exp2(a)
+        self.to_end = torch.exp2(end - a)
+        self.decay = torch.exp2(end[:, :, 0])  # (B, c, H), over the whole chunk
+        self.write = self.to_end * self.dt
 
-    def pass_states(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """States at the start of each chunk (B, c, N, HP), and the state after the last."""
-        local = self.B.transpose(2, 3) @ self.xw.flatten(3)
-        decay = self._decay_rows()
-        starts = torch.empty_like(local)
-        starts[:, 0] = h
-        for i in range(1, local.shape[1]):
-            torch.addcmul(local[:, i - 1], starts[:, i - 1], decay[:, i - 1], out=starts[:, i])
-        return starts, torch.addcmul(local[:, -1], starts[:, -1], decay[:, -1])
+    def chunked(self, v: Tensor) -> Tensor:
+        """(B, T, ...) -> (B, c, Q, ...), a view."""
+        return v[:, self.time].unflatten(1, (-1, self.q))
 
-    def pass_gradients(self, through: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the states at the end of each chunk, and of the state before the first."""
-        decay = self._decay_rows()
-        ends = torch.empty_like(through)
-        ends[:, -1] = g
-        for i in reversed(range(1, through.shape[1])):
-            torch.addcmul(through[:, i], ends[:, i], decay[:, i], out=ends[:, i - 1])
-        return ends, torch.addcmul(through[:, 0], ends[:, 0], decay[:, 0])
+    @staticmethod
+    def running_sum(v: Tensor, from_the_end: bool) -> Tensor:
+        """Sum over the steps of each chunk (dimension 2) up to each step."""
+        return v.flip(2).cumsum(2).flip(2) if from_the_end else v.cumsum(2)
 
-    def _decay_rows(self) -> Tensor:
-        return self.decay.repeat_interleave(self.x.shape[4], 2).unsqueeze(2)  # (B, c, 1, HP)
+    def blocks(self, backwards: bool = False) -> Iterator["_Block"]:
+        """As many chunks at a time as fit the budget, in the order of the run or against it."""
+        batch, count, _, heads = self.dt.shape
+        room = _GPU_BLOCK if self.dt.is_cuda else _CPU_BLOCK
+        size = max(1, room // (batch * heads * self.q * self.q))
+        cuts = [slice(i, min(i + size, count)) for i in range(0, count, size)]
+        for cut in cuts if backwards == self.reverse else reversed(cuts):
+            yield _Block(self, cut)
 
-    def from_states(self, starts: Tensor) -> Tensor:
-        """What the chunk's start state adds to each step: (B, c, Q, H, P)."""
-        return (self.C @ starts).view(self.x.shape).mul_(self.from_start)
+
+class _Block:
+    """Some chunks of all sequences as rows R = B * c, in the accumulation type."""
+
+    def __init__(self, part: _Chunks, cut: slice) -> None:
+        inputs, q = part.inputs, part.q
+        start = part.time.start
+        self.time = slice(start + cut.start * q, start + cut.stop * q)
+        self.part = part
+        self.kind = part.dt.dtype
+        self.count = cut.stop - cut.start
+        self.last = 0 if part.reverse else -1  # the step at which a chunk hands its state on
+        self.x = self.load(inputs.x)  # (R, Q, H, P)
+        self.B = self.load(inputs.B)  # (R, Q, N)
+        self.C = self.load(inputs.C)
+        self.shape = self.x.shape
+        self.dt, self.from_start, self.to_end, write = (
+            v[:, cut].flatten(0, 1).unsqueeze(3)  # (R, Q, H, 1)
+            for v in (part.dt, part.from_start, part.to_end, part.write)
+        )
+        self.a = part.a[:, cut].flatten(0, 2)  # (R * H, Q)
+        self.decay = part.decay[:, cut]  # (B, c, H)
+        self.xw = self.x * write
+
+    def load(self, v: Tensor) -> Tensor:
+        """The block's steps of (B, T, ...) as (R, Q, ...); a view where that is possible."""
+        return v[:, self.time].to(self.kind).reshape(-1, self.part.q, *v.shape[2:])
+
+    def store(self, v: Tensor, rows: Tensor) -> None:
+        """The opposite of `load`."""
+        v[:, self.time] = rows.reshape(v.shape[0], -1, *v.shape[2:])
+
+    def states(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """States at the start of each chunk (R, N, HP), from the one before the block (B, N, HP).
+
+        Also the state after the block.
+        """
+        return self._pass_on(torch.bmm(self.B.mT, self.xw.flatten(2)), h, self.part.reverse)
+
+    def gradients(self, through: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the states at the end of each chunk, and of the state before the block.
+
+        `through` (R, N, HP) is what reaches the start of each chunk from within it, `g` what
+        reaches the end of the block.
+        """
+        return self._pass_on(through, g, not self.part.reverse)
+
+    def _pass_on(self, added: Tensor, h: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
+        """From chunk to chunk: h becomes decay * h + added. All h before a chunk, and the last."""
+        channels = self.shape[3]
+        order = range(self.count)[::-1] if backwards else range(self.count)
+        added = added.unflatten(0, (-1, self.count))
+        before = torch.empty_like(added)
+        add, seen = added.unbind(1), before.unbind(1)
+        decay = self.decay.repeat_interleave(channels, 2).unsqueeze(2).unbind(1)
+        seen[order[0]].copy_(h)
+        for i, following in pairwise(order):
+            torch.addcmul(add[i], seen[i], decay[i], out=seen[following])
+        i = order[-1]
+        return before.flatten(0, 1), torch.addcmul(add[i], seen[i], decay[i])
+
+    def heads_first(self, v: Tensor, factor: Tensor | None = None) -> Tensor:
+        """(R, Q, H, P) -> (R * H, Q, P), contiguous; times `factor` (R, Q, H, 1)."""
+        turned = v.transpose(1, 2)
+        place = torch.empty(turned.shape, dtype=v.dtype, device=v.device)
+        if factor is None:
+            place.copy_(turned)
+        else:
+            torch.mul(turned, factor.transpose(1, 2), out=place)
+        return place.flatten(0, 1)
+
+    def heads_last(self, v: Tensor) -> Tensor:
+        """(R * H, Q, P) -> (R, Q, H, P), a view."""
+        return v.unflatten(0, (-1, self.shape[2])).transpose(1, 2)
+
+    def cut(self, v: Tensor, diagonal: int = 0) -> Tensor:
+        """Zero in place where a step would hear from one that comes later in the run."""
+        return v.triu_(diagonal) if self.part.reverse else v.tril_(-diagonal)
+
+    def scores(self, diagonal: int = 0) -> Tensor:
+        """G = C B^T (R, Q, Q), zero where a step comes too late."""
+        return self.cut(torch.bmm(self.C, self.B.mT), diagonal)
 
     def attention(self, in_place: bool = False) -> tuple[Tensor, Tensor]:
-        """L (B, c, H, Q, Q), valid in the lower triangle, and M = G o L.
+        """L (R * H, Q, Q), valid where G is not cut to zero, and M = G o L.
 
-        Above the diagonal a_i - a_j would be positive and could overflow: it is cut to zero, and G
-        is zero there. `in_place`: M takes the place of L.
+        Where it is, a_i - a_j would be positive and could overflow: the difference is cut to zero.
+        `in_place`: M takes the place of L.
         """
-        decays = self.a.unsqueeze(4) - self.a.unsqueeze(3)
+        decays = self.a.unsqueeze(2) - self.a.unsqueeze(1)
         decays.clamp_(max=0).exp2_()
-        scores = self.scores().unsqueeze(2)
-        return decays, decays.mul_(scores) if in_place else decays * scores
-
-    def scores(self) -> Tensor:
-        """G = C B^T (B, c, Q, Q), lower triangle."""
-        return (self.C @ self.B.transpose(2, 3)).tril_()
+        scores = self.scores().unsqueeze(1)
+        by_head = decays.unflatten(0, (-1, self.shape[2]))
+        product = by_head.mul_(scores) if in_place else by_head * scores
+        return decays, product.flatten(0, 1)
