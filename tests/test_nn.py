@@ -8,7 +8,12 @@ import torch.nn.functional as F
 from grounding_data import mask_of, randomised
 from torch import nn
 
+from tvg_lib.nn import feed_forward
+from tvg_lib.nn.allocation import keep_freed_memory
 from tvg_lib.nn.attention import MultiHeadAttention, TransformerBlock, local_attention
+from tvg_lib.nn.convolution import thin_convolution
+from tvg_lib.nn.dropout import Dropout
+from tvg_lib.nn.feed_forward import FeedForward
 from tvg_lib.nn.fusion import CrossAttentionBlock
 from tvg_lib.nn.pyramid import Pyramid, RegressionHead
 from tvg_lib.nn.sequence import (
@@ -19,6 +24,7 @@ from tvg_lib.nn.sequence import (
     pad_time,
 )
 from tvg_lib.nn.text import TextProjection, TextTransformer
+from tvg_lib.nn.winograd import winograd_convolution
 
 
 def band_attention(q, k, v, mask, radius):
@@ -105,7 +111,8 @@ class TestLocalAttention:
 
 
 class TestMultiHeadAttention:
-    def test_equals_torchs_own(self):
+    @pytest.mark.parametrize(("steps", "words"), [(9, 5), (9, 3), (8, 3)])  # (9, 3): to few
+    def test_equals_torchs_own(self, steps, words):
         ours = randomised(MultiHeadAttention(8, 2, key_channels=6))
         theirs = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True).double()
         with torch.no_grad():
@@ -115,16 +122,32 @@ class TestMultiHeadAttention:
             theirs.in_proj_bias.copy_(torch.cat([ours.query.bias, ours.key.bias, ours.value.bias]))
             theirs.out_proj.weight.copy_(ours.output.weight)
             theirs.out_proj.bias.copy_(ours.output.bias)
-        q = torch.randn(3, 9, 8, dtype=torch.float64)
-        k, v = torch.randn(2, 3, 5, 6, dtype=torch.float64)
-        mask = mask_of([5, 3, 1])
+        q = torch.randn(3, steps, 8, dtype=torch.float64)
+        k, v = torch.randn(2, 3, words, 6, dtype=torch.float64)
+        mask = mask_of([words, 2, 1])
         expected, _ = theirs(q, k, v, key_padding_mask=~mask)
         torch.testing.assert_close(ours(q, k, v, mask), expected)
 
-    def test_shared_rows_equal_repeated_queries(self):
+    def test_many_queries_and_few_keys_have_the_gradients_of_the_longer_way(self):
+        attention = randomised(MultiHeadAttention(8, 2, key_channels=6, out_channels=16))
+        q = torch.randn(2, 11, 8, dtype=torch.float64, requires_grad=True)
+        k = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+        mask, weight = mask_of([3, 2]), torch.randn(2, 11, 16, dtype=torch.float64)
+        wanted = [q, k, *attention.parameters()]
+        together = attention(q, k, k, mask)
+        # Six queries at a time are not many against eight channels.
+        apart = torch.cat([attention(part, k, k, mask) for part in q.split(6, 1)], 1)
+        torch.testing.assert_close(together, apart)
+        ours = torch.autograd.grad((together * weight).sum(), wanted)
+        expected = torch.autograd.grad((apart * weight).sum(), wanted)
+        torch.testing.assert_close(ours, expected)
+
+    @pytest.mark.parametrize("words", [5, 3])
+    @pytest.mark.parametrize("videos", [1, 2])
+    def test_shared_rows_equal_repeated_queries(self, videos, words):
         attention = randomised(MultiHeadAttention(8, 2, key_channels=6, out_channels=10))
-        q, k = torch.randn(2, 9, 8).double(), torch.randn(4, 5, 6).double()
-        row, mask = torch.tensor([1, 0, 1, 1]), mask_of([5, 2, 3, 4])
+        q, k = torch.randn(videos, 9, 8).double(), torch.randn(4, words, 6).double()
+        row, mask = torch.tensor([1, 0, 1, 1]) % videos, mask_of([words, 2, 3, 1])
         shared = attention(q, k, k, mask, row)
         assert shared.shape == (4, 9, 10)
         torch.testing.assert_close(shared, attention(q[row], k, k, mask))
@@ -139,14 +162,21 @@ class TestMultiHeadAttention:
 
 
 class TestMaskedConvolution:
-    @pytest.mark.parametrize(("kernel", "stride", "groups"), [(3, 1, 1), (3, 2, 4), (5, 2, 1)])
-    def test_equals_a_convolution_of_each_sequence_alone(self, kernel, stride, groups):
+    @pytest.mark.parametrize("steps", [12, 300])
+    @pytest.mark.parametrize(
+        ("kernel", "stride", "groups", "outputs"),
+        [(3, 1, 1, 4), (3, 1, 4, 4), (3, 1, 1, 1), (3, 2, 4, 4), (5, 2, 1, 4)],
+    )
+    def test_equals_a_convolution_of_each_sequence_alone(
+        self, kernel, stride, groups, outputs, steps
+    ):
         torch.manual_seed(0)
-        layer = MaskedConv1d(4, 4, kernel, stride, groups, bias=True).double()
-        lengths = [12, 7, 1]
-        x, mask = torch.randn(3, 12, 4, dtype=torch.float64), mask_of(lengths)
+        layer = MaskedConv1d(4, outputs, kernel, stride, groups, bias=True).double()
+        nn.init.normal_(layer.bias)
+        lengths = [steps, 7, 1]
+        x, mask = torch.randn(3, steps, 4, dtype=torch.float64), mask_of(lengths)
         out, out_mask = layer(x + 50 * ~mask[..., None], mask)
-        assert out.shape == (3, 12 // stride, 4)
+        assert out.shape == (3, steps // stride, outputs)
         for row, length in enumerate(lengths):
             alone = F.conv1d(
                 x[row, :length].T[None],
@@ -156,9 +186,9 @@ class TestMaskedConvolution:
                 padding=kernel // 2,
                 groups=groups,
             )[0].T
-            steps = -(-length // stride)
-            assert out_mask[row].sum() == steps == len(alone)
-            torch.testing.assert_close(out[row, :steps], alone)
+            valid = -(-length // stride)
+            assert out_mask[row].sum() == valid == len(alone)
+            torch.testing.assert_close(out[row, :valid], alone)
 
     def test_steps_must_fit_the_stride(self):
         with pytest.raises(ValueError, match="7 steps are not a multiple of the stride 2"):
@@ -171,6 +201,110 @@ class TestMaskedConvolution:
         assert mask.sum(1).tolist() == [5, 2]
         same, _ = pad_time(x, mask, 4)
         assert same is x
+
+
+class TestThreeTaps:
+    """The fast ways of a convolution against `F.conv1d`."""
+
+    @pytest.mark.parametrize("steps", [*range(1, 10), 30])
+    def test_winograd(self, steps):
+        torch.manual_seed(steps)
+        x = torch.randn(3, steps, 4, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True)
+        mask = awkward_masks(steps, seed=steps)
+        ours = winograd_convolution(x, mask, weight)
+        zeroed = torch.where(mask[..., None], x, 0.0)
+        expected = F.conv1d(zeroed.transpose(1, 2), weight, padding=1).transpose(1, 2)
+        torch.testing.assert_close(ours, expected)
+        above = torch.randn_like(expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, (x, weight), above),
+            torch.autograd.grad(expected, (x, weight), above),
+        )
+
+    def test_winograd_in_float32_errs_by_rounding_alone(self):
+        torch.manual_seed(0)
+        x, weight = torch.randn(1, 600, 64), torch.randn(64, 64, 3)
+        ours = winograd_convolution(x, mask_of([600]), weight)
+        exact = F.conv1d(x.double().transpose(1, 2), weight.double(), padding=1).transpose(1, 2)
+        assert (ours - exact).abs().max() < 2e-5 * exact.abs().max()
+
+    def test_invalid_steps_are_not_read(self):
+        x, mask = torch.full((1, 9, 2), torch.nan), mask_of([4], 9)
+        x[:, :4] = 1.0
+        ours = winograd_convolution(x, mask, torch.ones(1, 2, 3))
+        assert ours[0, :, 0].tolist() == pytest.approx([4, 6, 6, 4, 2, 0, 0, 0, 0], abs=1e-5)
+
+    @pytest.mark.parametrize("steps", [1, 2, 9])
+    def test_few_outputs(self, steps):
+        x, weight = torch.randn(2, steps, 8).double(), torch.randn(2, 8, 3).double()
+        expected = F.conv1d(x.transpose(1, 2), weight, padding=1).transpose(1, 2)
+        torch.testing.assert_close(thin_convolution(x, weight), expected)
+
+
+class TestDropout:
+    def test_keeps_its_share_and_the_mean(self):
+        torch.manual_seed(0)
+        out = Dropout(0.1).train()(torch.ones(1001, 999))  # not a multiple of four
+        assert out.unique().tolist() == pytest.approx([0, 1 / 0.9])
+        share = (out == 0).double().mean()
+        assert abs(share - 0.1) < 5 * math.sqrt(0.1 * 0.9 / out.numel())
+
+    def test_neighbours_are_independent(self):
+        torch.manual_seed(0)
+        dropped = (Dropout(0.3).train()(torch.ones(4000, 97)) == 0).double()
+        for distance in range(1, 9):  # four elements share a random word
+            both = (dropped[:, distance:] * dropped[:, :-distance]).mean()
+            assert abs(both - 0.09) < 0.002
+
+    def test_follows_torchs_seed(self):
+        def draw(seed):
+            torch.manual_seed(seed)
+            return Dropout(0.5).train()(torch.ones(50))
+
+        assert torch.equal(draw(1), draw(1))
+        assert not torch.equal(draw(1), draw(2))
+
+    def test_the_gradient_passes_where_the_value_does(self):
+        x = torch.randn(40, requires_grad=True)
+        out = Dropout(0.5).train()(x)
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        torch.testing.assert_close(out, x * gradient)
+
+    def test_extremes_and_evaluation(self):
+        x = torch.randn(9)
+        assert torch.equal(Dropout(0.0).train()(x), x)
+        assert torch.equal(Dropout(0.4).eval()(x), x)
+        assert Dropout(1.0).train()(x).eq(0).all()
+
+
+class TestFeedForward:
+    @pytest.mark.parametrize("dropout", [0.0, 0.5])
+    def test_pieces_equal_the_layers_one_after_the_other(self, monkeypatch, dropout):
+        monkeypatch.setattr(feed_forward, "ROWS", 4)
+        layer = randomised(FeedForward(3, dropout=dropout)).train()
+        x = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+        torch.manual_seed(1)
+        ours = layer(x)
+        torch.manual_seed(1)  # the layers draw the same numbers in the same order
+        expected = nn.Sequential.forward(layer, x)
+        torch.testing.assert_close(ours, expected)
+        wanted, above = [x, *layer.parameters()], torch.randn_like(ours)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, wanted, above), torch.autograd.grad(expected, wanted, above)
+        )
+        with torch.inference_mode():
+            torch.testing.assert_close(layer.eval()(x), nn.Sequential.forward(layer, x))
+
+
+class TestAllocation:
+    def test_somebody_elses_choice_is_respected(self, monkeypatch):
+        monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+        assert not keep_freed_memory()
+
+    def test_only_where_glibc_may_be(self, monkeypatch):
+        monkeypatch.setattr("sys.platform", "darwin")
+        assert not keep_freed_memory()
 
 
 def test_max_pooling_equals_a_loop_and_ignores_invalid_steps():

@@ -1,5 +1,6 @@
 """Dropout that does not wait for the random generator of the CPU."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -9,14 +10,15 @@ STEPS = 2**16  # resolution of the probability
 def keep_at_random(shape: torch.Size, dropout: float) -> Tensor:
     """A boolean CPU tensor, False with probability `dropout` (to the nearest 1 / 65536).
 
-    Sixteen random bits decide on an element, so a word of the generator serves four.
-    `torch.bernoulli` spends a word or more on each, one after the other: dropout then takes as long
-    as the matrix products round it.
+    Sixteen bits decide on an element, so a random word serves four. They come from NumPy's fastest
+    generator, seeded from torch's: `torch.bernoulli` spends a word or more on each element, and
+    dropout then takes as long as the matrix products round it.
     """
     elements = shape.numel()
-    words = torch.empty(-(-elements // 4), dtype=torch.int64).random_(-(2**63), None)
-    threshold = round(dropout * STEPS) - STEPS // 2
-    return (words.view(torch.int16)[:elements] >= threshold).view(shape)
+    seed = int(torch.randint(2**63 - 1, ()))
+    words = np.random.SFC64(seed).random_raw(-(-elements // 4))
+    bits = torch.from_numpy(words.view(np.int16)[:elements])
+    return (bits >= round(dropout * STEPS) - STEPS // 2).view(shape)
 
 
 class Dropout(nn.Dropout):
@@ -26,7 +28,7 @@ class Dropout(nn.Dropout):
         keep = self.draw(x.shape, x.device)
         if keep is None:
             return super().forward(x)
-        return torch.where(keep, x, 0.0) * self.scale
+        return torch.where(keep, x, 0.0).mul_(self.scale)
 
     @property
     def scale(self) -> float:

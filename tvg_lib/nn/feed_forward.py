@@ -57,6 +57,7 @@ class _FeedForward(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         keep = None if keep is None else keep.view(len(rows), -1)
+        zero = rows.new_zeros(())
         saved = any(ctx.needs_input_grad)
         wide = rows.new_empty(len(rows) if saved else min(ROWS, len(rows)), len(inner))
         y = rows.new_empty(len(rows), len(outer))
@@ -66,7 +67,7 @@ class _FeedForward(torch.autograd.Function):
             torch.addmm(inner_bias, rows[part], inner.t(), out=before)
             after = F.gelu(before)
             if keep is not None:
-                after.mul_(keep[part])
+                torch.where(keep[part], after, zero, out=after)
             torch.addmm(outer_bias, after, outer.t(), alpha=scale, out=y[part])
         ctx.scale, ctx.shape = scale, x.shape
         ctx.save_for_backward(rows, wide, inner, outer, keep)
@@ -77,7 +78,7 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, wide, inner, outer, keep = ctx.saved_tensors
         dy = dy.reshape(len(rows), -1)
-        dx = torch.empty_like(rows)
+        dx, zero = torch.empty_like(rows), rows.new_zeros(())
         dinner, douter = torch.zeros_like(inner), torch.zeros_like(outer)
         dinner_bias = inner.new_zeros(len(inner))
         for start in range(0, len(rows), ROWS):
@@ -85,8 +86,8 @@ class _FeedForward(torch.autograd.Function):
             before, above = wide[part], dy[part]
             after, dafter = F.gelu(before), (above * ctx.scale) @ outer
             if keep is not None:
-                after.mul_(keep[part])
-                dafter.mul_(keep[part])
+                torch.where(keep[part], after, zero, out=after)
+                torch.where(keep[part], dafter, zero, out=dafter)
             dbefore = torch.ops.aten.gelu_backward(dafter, before)
             douter.addmm_(above.t(), after, alpha=ctx.scale)
             dinner.addmm_(dbefore.t(), rows[part])

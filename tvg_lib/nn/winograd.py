@@ -36,47 +36,51 @@ _FILTER = (
 _OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 
 
-def winograd_convolution(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.conv1d(padding=1)` of (B, T, C) by a weight (O, C, 3), without bias; (B, T, O)."""
-    return _Winograd.apply(x, weight)
+def winograd_convolution(x: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    """`F.conv1d(padding=1)` by a weight (O, C, 3), without bias, that reads zeros at invalid steps.
+
+    Args: x (B, T, C), mask (B, T). Returns (B, T, O).
+    """
+    return _Winograd.apply(x, mask, weight)
 
 
 class _Winograd(torch.autograd.Function):
     """Saves the input alone; its tiles are transformed again on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _convolve(x, weight)
+    def forward(ctx: Any, x: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mask, weight)
+        return _convolve(x, mask, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        x, mask, weight = ctx.saved_tensors
         dx = dweight = None
         if ctx.needs_input_grad[0]:  # the same convolution, taps reversed
-            dx = _convolve(dy, weight.flip(2).transpose(0, 1))
-        if ctx.needs_input_grad[1]:
+            dx = _convolve(dy, torch.ones_like(mask), weight.flip(2).transpose(0, 1))
+            dx.masked_fill_(~mask[..., None], 0.0)
+        if ctx.needs_input_grad[2]:
             dfilters = x.new_zeros(INPUTS, weight.shape[1], weight.shape[0])
-            tiles = -(-x.shape[1] // OUTPUTS)
-            for row, drow in zip(_pad(x), dy, strict=True):
-                drow = F.pad(drow, (0, 0, 0, tiles * OUTPUTS - len(drow)))
-                dproducts = _transform(_OUTPUT, drow.view(tiles, OUTPUTS, -1), transpose=True)
+            for row, valid, drow in zip(x, mask, dy, strict=True):
+                tiles = _tiles(row, valid)
+                drow = F.pad(drow, (0, 0, 0, len(tiles) * OUTPUTS - len(drow)))
+                dproducts = _transform(_OUTPUT, drow.view(len(tiles), OUTPUTS, -1), transpose=True)
                 dfilters.baddbmm_(
-                    _transform(_INPUT, _tiles(row)).permute(1, 2, 0), dproducts.transpose(0, 1)
+                    _transform(_INPUT, tiles).permute(1, 2, 0), dproducts.transpose(0, 1)
                 )
             dweight = torch.einsum("jk,jio->oik", x.new_tensor(_FILTER), dfilters)
-        return dx, dweight
+        return dx, None, dweight
 
 
-def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+def _convolve(x: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
     """The convolution, one sequence at a time: what is between its steps stays in the cache."""
     filters = torch.einsum("jk,oik->jio", x.new_tensor(_FILTER), weight)  # (6, C, O)
     y = x.new_empty(len(x), x.shape[1], weight.shape[0])
     whole = x.shape[1] // OUTPUTS  # tiles that fit; the last may stick out
-    for row, out in zip(_pad(x), y, strict=True):
-        products = _transform(_INPUT, _tiles(row)).transpose(0, 1) @ filters  # (6, tiles, O)
-        products = products.transpose(0, 1)
+    for row, valid, out in zip(x, mask, y, strict=True):
+        products = _transform(_INPUT, _tiles(row, valid)).transpose(0, 1) @ filters
+        products = products.transpose(0, 1)  # (tiles, 6, O)
         fitting = out[: whole * OUTPUTS].view(whole, OUTPUTS, out.shape[1])
         _transform(_OUTPUT, products[:whole], out=fitting)
         rest = out[whole * OUTPUTS :]
@@ -85,14 +89,15 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def _pad(x: Tensor) -> Tensor:
-    """One zero in front, and zeros behind until tiles of six at a stride of four fit."""
-    return F.pad(x, (0, 0, 1, -x.shape[1] % OUTPUTS + 1))
-
-
-def _tiles(row: Tensor) -> Tensor:
-    """(tiles, 6, C), a view of (4 * tiles + 2, C)."""
-    return row.unfold(0, INPUTS, OUTPUTS).transpose(1, 2)
+def _tiles(row: Tensor, valid: Tensor) -> Tensor:
+    """Overlapping tiles (tiles, 6, C) of a sequence (T, C), zero outside and at invalid steps."""
+    steps = len(row)
+    tiles = -(-steps // OUTPUTS)
+    padded = row.new_empty(tiles * OUTPUTS + INPUTS - OUTPUTS, row.shape[1])
+    padded[0] = 0.0
+    padded[steps + 1 :] = 0.0
+    torch.where(valid[:, None], row, row.new_zeros(()), out=padded[1 : steps + 1])
+    return padded.unfold(0, INPUTS, OUTPUTS).transpose(1, 2)
 
 
 def _transform(
