@@ -45,6 +45,7 @@ from tvg_lib.data.batching import pad
 from tvg_lib.data.dataset import GroundingDataset, Query, Video
 from tvg_lib.data.features import ArrayStore, check_id, check_sequence, read_array
 from tvg_lib.decoding import Prediction
+from tvg_lib.encoders.protocols import VideoEncoder
 from tvg_lib.encoders.sentence import SentenceEncoder
 from tvg_lib.errors import ConfigurationError, DataError
 from tvg_lib.fingerprint import value_fingerprint
@@ -57,6 +58,7 @@ FORMAT = "tvg-companion/video-index/1"
 MANIFEST = "index.json"
 SHARD = 256  # videos
 SKETCH = 64  # directions
+FILMS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 ARRAYS = ("segments", "hidden", "vectors", "sketch", "clips")
 
 Finder = Callable[[GroundingDataset], list[Prediction]]
@@ -70,11 +72,14 @@ class Retriever:
         model: in evaluation mode.
         view: how videos and queries are cut for it.
         words: what the queries of its training were encoded with.
+        clips: name of what encoded the clips, checked against that of films that are added; None
+            leaves it to the caller that features fit.
     """
 
     model: MamFusion
     view: RetrievalView
     words: SentenceEncoder
+    clips: str | None = None
 
     def __post_init__(self) -> None:
         if self.words.dim != self.model.config.text_dim:
@@ -95,6 +100,7 @@ class Retriever:
             "weights": digest.hexdigest()[:16],
             "view": asdict(self.view),
             "words": self.words.name,
+            "clips": self.clips,
         }
 
     @property
@@ -335,6 +341,31 @@ class VideoIndex:
         """Add all videos of a data set; features are read as they are needed."""
         missing = [video for key, video in dataset.videos.items() if key not in self]
         return self.add(((video, dataset.clips(video.id)) for video in missing), total=len(missing))
+
+    def add_films(self, folder: Path | str, encoder: VideoEncoder) -> "VideoIndex":
+        """Add the films of a folder by their file names, in alphabetical order.
+
+        Args:
+            folder: its sub-folders are not searched; files are films by their ending (`FILMS`).
+            encoder: of the clips; what it computes is cached by the content of the film.
+
+        Raises:
+            ConfigurationError: the retriever was made for clips of another encoder.
+            DataError: no films there, or one that cannot be read whole; shards before it stay.
+        """
+        from tvg_lib.encoders.video import cached_video
+
+        if self.retriever.clips not in (None, encoder.name):
+            raise ConfigurationError(
+                f"the retriever reads clips of {self.retriever.clips!r}, found {encoder.name!r}"
+            )
+        folder = Path(folder)
+        films = sorted(path for path in folder.glob("*") if path.suffix.lower() in FILMS)
+        if not films:
+            raise DataError(f"{folder}: expected films ({', '.join(FILMS)}), found none")
+        missing = [path for path in films if path.name not in self]
+        encoded = (cached_video(path, encoder) for path in missing)
+        return self.add(((film.video, film.features) for film in encoded), total=len(missing))
 
     def remove(self, video_ids: Iterable[str]) -> "VideoIndex":
         """Remove videos; their shards are written anew without them.
