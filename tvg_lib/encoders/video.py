@@ -119,15 +119,14 @@ def read_windows(
         for frame, start, end in film.pictures():  # noqa: B007 (the last end is needed)
             if shown is not None:
                 for window in waiting.show(shown, start):
-                    done.append(window)
                     if len(done) == batch:
                         yield np.stack(done), start
                         done = []
+                    done.append(window)
             shown = _Picture(frame, draw)
         film.check_whole(end)
         if shown is None:
             raise DataError(f"{path}: the video stream holds no picture")
-        # Full batches left above at once; so at least one window is left for here.
         for window in waiting.finish(shown, plan.count(end)):
             if len(done) == batch:
                 yield np.stack(done), end
@@ -308,9 +307,8 @@ class _Film:
             return
         promises = []
         if self.container.duration:
-            start = (self.container.start_time or 0) / 1e6
-            length = self.container.duration / 1e6
-            promises.append((length, self.last_packet - start))
+            # Some containers mean a length, others (Matroska) the time of the end.
+            promises.append((self.container.duration / 1e6, self.last_packet))
         if self.stream.duration:
             promises.append((float(self.stream.duration * self.stream.time_base), end))
         for promised, found in promises:
