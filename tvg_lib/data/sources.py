@@ -3,6 +3,9 @@
 smoke           planted features, embedded in the package; nothing on the machine is looked at
 cpu, full, gpu  QVH-captions where this machine has it (`TVG_DATA` or the download cache),
                 planted features where it has not
+
+A notebook that wants one data set whatever the machine has asks for it by name; see `NAMES`.
+ShapeStories is generated, in a size that the scale decides, and needs nothing but this package.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +17,18 @@ from tvg_lib.data import planted, qvh_captions
 from tvg_lib.data.dataset import GroundingDataset, Query
 from tvg_lib.data.features import ArrayStore
 from tvg_lib.encoders.sentence import MiniLM, SentenceEncoder
+from tvg_lib.errors import ConfigurationError
+from tvg_lib.shapestories import dataset as shapestories
 
 # Of the videos of QVH-captions' val, for model selection: whole recordings, of which several videos
 # may be cut. The test split shares no recording with val.
 HELD_OUT = 0.15
 SPLIT_SEED = 0
+
+SHAPESTORIES: dict[str, shapestories.Length] = {
+    f"shapestories-{length}": length for length in shapestories.LENGTHS
+}
+NAMES = ("qvh-captions", *SHAPESTORIES, "planted")
 
 
 def has_real_data(scale: str) -> bool:
@@ -26,14 +36,30 @@ def has_real_data(scale: str) -> bool:
     return scale != "smoke" and all(map(qvh_captions.available, qvh_captions.SPLITS))
 
 
-def benchmark(scale: str) -> dict[str, GroundingDataset]:
+def benchmark(scale: str, name: str | None = None) -> dict[str, GroundingDataset]:
     """The data of a scale: "train", "val" (for model selection) and "test".
 
     Of QVH-captions the published val split is divided, by recording, into train and val; the first
-    call on a machine embeds all captions, which takes some minutes.
+    call on a machine embeds all captions, which takes some minutes. So does the first call for a
+    length of ShapeStories, but at the smoke scale.
+
+    Args:
+        scale: smoke, cpu, full or gpu.
+        name: one of `NAMES`; by default QVH-captions where it may be used, planted features where
+            not.
+
+    Raises:
+        ConfigurationError: there is no such data set.
+        DataError: QVH-captions is asked for by name and not on this machine.
     """
-    if not has_real_data(scale):
+    if name is None:
+        name = "qvh-captions" if has_real_data(scale) else "planted"
+    if name not in NAMES:
+        raise ConfigurationError(f"the data sets are {', '.join(NAMES)}, found {name!r}")
+    if name == "planted":
         return {split: planted.planted(split) for split in planted.SPLITS}
+    if name in SHAPESTORIES:
+        return shapestories.benchmark(SHAPESTORIES[name], scale)
     train, val = qvh_captions.load("val").split(HELD_OUT, SPLIT_SEED)
     return {"train": train, "val": val, "test": qvh_captions.load("test")}
 

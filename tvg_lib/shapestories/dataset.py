@@ -31,7 +31,7 @@ from tvg_lib.errors import ConfigurationError, DataError
 from tvg_lib.fingerprint import code_fingerprint, value_fingerprint
 from tvg_lib.moments import TimeGrid
 from tvg_lib.shapestories import generator, language, questions, render, world
-from tvg_lib.shapestories.encoder import tiny_dual_encoder
+from tvg_lib.shapestories.encoder import EncoderRecipe, tiny_dual_encoder
 from tvg_lib.shapestories.generator import LONG, MEDIUM, SHORT, SPLITS, Split, StoryConfig
 from tvg_lib.shapestories.questions import LEVELS, Question, ask
 from tvg_lib.shapestories.render import RenderConfig
@@ -157,7 +157,7 @@ def annotations(config: StoryConfig, split: Split, films: int, seed: int = 0) ->
     """The same videos and queries as `load`, without pictures: quick, for audits and oracles."""
     videos: dict[str, Video] = {}
     queries: list[Query] = []
-    grid = grid_of(tiny_dual_encoder().config)
+    grid = grid_of(EncoderRecipe().model)
     for script in scripts(config, split, films, seed).values():
         videos[script.id] = Video(script.id, script.duration, grid)
         queries += [

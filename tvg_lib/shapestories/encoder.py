@@ -43,15 +43,17 @@ class EncoderRecipe:
         training: of the loop.
     """
 
-    model: TinyConfig = field(default_factory=lambda: TinyConfig(layers=1))
+    model: TinyConfig = field(
+        default_factory=lambda: TinyConfig(frames=4, channels=(16, 32, 96), layers=1, text_layers=1)
+    )
     look: RenderConfig = field(default_factory=RenderConfig)
     batch_size: int = 128
     batches: int = 100
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            epochs=6,
+            epochs=8,
             warmup_epochs=0.5,
-            learning_rate=1.5e-3,
+            learning_rate=2e-3,
             schedule="cosine",
             ema_decay=0.98,
             progress=False,

@@ -1,0 +1,263 @@
+"""ShapeStories as data sets: made once, the same for everybody, fair, and as hard as is right."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tvg_lib import paths
+from tvg_lib.baselines import MomentPrior
+from tvg_lib.data import sources
+from tvg_lib.encoders.tiny import TinyConfig, TinyDualEncoder, pair_recall, read_recipe
+from tvg_lib.errors import ConfigurationError, DataError
+from tvg_lib.evaluation import recall_report
+from tvg_lib.shapestories import dataset as data_sets
+from tvg_lib.shapestories.audit import (
+    QueryOnly,
+    ScriptOracle,
+    best_clip_inside,
+    by_group,
+    shape_of,
+)
+from tvg_lib.shapestories.dataset import (
+    annotations,
+    benchmark,
+    encode_film,
+    level_of,
+    load,
+    scripts,
+)
+from tvg_lib.shapestories.encoder import (
+    WEIGHTS,
+    EncoderRecipe,
+    save_encoder,
+    tiny_dual_encoder,
+    train_encoder,
+)
+from tvg_lib.shapestories.generator import LONG, MEDIUM, SHORT, write_script
+from tvg_lib.shapestories.language import vocabulary
+from tvg_lib.shapestories.render import render
+
+BRIEF = replace(SHORT, name="brief", duration=(20, 24), questions=4)
+TOY = TinyConfig(frames=4, channels=(4, 8, 8), layers=1, text_layers=1, heads=2, dim=8)
+
+
+@pytest.fixture(scope="module")
+def toy() -> TinyDualEncoder:
+    torch.manual_seed(0)
+    return TinyDualEncoder(TOY, vocabulary()).eval()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TVG_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# --- data sets ------------------------------------------------------------------------------------
+
+
+def test_a_data_set_is_the_script_seen_and_read(toy: TinyDualEncoder) -> None:
+    data = load(BRIEF, "val", 3, encoder=toy)
+    data.check()
+    told = scripts(BRIEF, "val", 3)
+    assert list(data.videos) == list(told)
+    assert {level_of(query) for query in data.queries} <= set(data_sets.LEVELS)
+    bare = annotations(BRIEF, "val", 3)
+    assert [(q.id, q.text) for q in bare.queries] == [(q.id, q.text) for q in data.queries]
+    for query, other in zip(data.queries, bare.queries, strict=True):
+        np.testing.assert_array_equal(query.moments, other.moments)
+        words = toy.text.encode_tokens([query.text])[0]
+        np.testing.assert_allclose(data.text_features[query.id], words, atol=2e-3)
+        assert data.sentence_features is not None
+        vector = toy.text.encode([query.text])
+        np.testing.assert_allclose(data.sentence_features[query.id], vector, atol=2e-3)
+    for key, script in told.items():
+        # Slow reference: each window drawn and encoded by itself, at times worked out anew.
+        clips = data.clips(key)
+        assert len(clips) == script.duration - 1
+        for i in (0, 7, len(clips) - 1):
+            times = i + 0.25 + 0.5 * np.arange(4)
+            window = render(script, times)[None]
+            np.testing.assert_allclose(clips[i], toy.video.encode(window)[0], atol=2e-3)
+        first, last = data.videos[key].grid.clip_span(len(clips) - 1)
+        assert last == script.duration
+        assert last - first == 2
+
+
+def test_films_are_made_once(
+    toy: TinyDualEncoder, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+) -> None:
+    few = load(BRIEF, "train", 2, encoder=toy)
+    many = load(BRIEF, "train", 3, encoder=toy)
+    assert many.subset(few.videos, few.name).fingerprint == few.fingerprint
+    files = sorted((own_cache / "shapestories").iterdir())
+    assert len(files) == 3
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("made again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_sets, "_make_one", refuse)
+        assert load(BRIEF, "train", 3, encoder=toy).fingerprint == many.fingerprint
+        for other in ({"seed": 1}, {"look": data_sets.RenderConfig(noise=1)}):
+            with pytest.raises(AssertionError, match="made again"):
+                load(BRIEF, "train", 1, encoder=toy, **other)
+        torch.manual_seed(1)
+        with pytest.raises(AssertionError, match="made again"):
+            load(BRIEF, "train", 1, encoder=TinyDualEncoder(TOY, vocabulary()).eval())
+    # Made again from nothing, every number is the same.
+    for file in files:
+        file.unlink()
+    assert load(BRIEF, "train", 3, encoder=toy).fingerprint == many.fingerprint
+
+
+def test_films_made_side_by_side_are_the_same(
+    toy: TinyDualEncoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(data_sets, "_WORTH_A_POOL", 0)
+    together = load(BRIEF, "test", 3, encoder=toy, workers=2)
+    monkeypatch.setenv("TVG_CACHE", str(tmp_path / "other"))
+    alone = load(BRIEF, "test", 3, encoder=toy, workers=1)
+    for key in alone.videos:
+        np.testing.assert_allclose(together.clips(key), alone.clips(key), atol=2e-3)
+    assert [q.text for q in together.queries] == [q.text for q in alone.queries]
+
+
+def test_a_damaged_film_is_named(toy: TinyDualEncoder, own_cache: Path) -> None:
+    load(BRIEF, "val", 1, encoder=toy)
+    (file,) = (own_cache / "shapestories").iterdir()
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(DataError, match=file.name):
+        load(BRIEF, "val", 1, encoder=toy)
+
+
+def test_wrong_wishes_are_refused(toy: TinyDualEncoder) -> None:
+    with pytest.raises(ConfigurationError, match="'dev'"):
+        load(BRIEF, "dev", 1, encoder=toy)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="0 films"):
+        load(BRIEF, "val", 0, encoder=toy)
+    with pytest.raises(ConfigurationError, match="'epic'"):
+        benchmark("epic", "cpu")  # type: ignore[arg-type]
+    apart = TinyDualEncoder(replace(TOY, stride=0.3), vocabulary())
+    with pytest.raises(ConfigurationError, match="do not share frames"):
+        encode_film(write_script(BRIEF, "val", 0), apart)
+    bare = annotations(BRIEF, "val", 1)
+    with pytest.raises(DataError, match="annotations only"):
+        bare.clips(next(iter(bare.videos)))
+
+
+# --- fairness -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("config", "train", "test"), [(MEDIUM, 60, 40), (LONG, 12, 12)])
+def test_nobody_finds_moments_without_looking(config, train: int, test: int) -> None:
+    known, asked = annotations(config, "train", train), annotations(config, "test", test)
+    for blind in (MomentPrior.fitted(known), QueryOnly.fitted(known)):
+        assert recall_report(blind.predict(asked), asked).values["R1@0.5"] < 10
+
+
+@pytest.mark.parametrize(("config", "films"), [(SHORT, 30), (MEDIUM, 8), (LONG, 3)])
+def test_who_knows_the_script_answers_everything(config, films: int) -> None:
+    asked = annotations(config, "test", films)
+    report = recall_report(ScriptOracle(scripts(config, "test", films)).predict(asked), asked)
+    assert report.values["R1@0.7"] == 100
+    assert report.values["mIoU"] == pytest.approx(100)
+
+
+def test_query_only_reads_the_question() -> None:
+    assert shape_of("the red circle jumps") == shape_of("something blue hops")
+    assert shape_of("the red circle jumps") != shape_of("the second time the red circle jumps")
+    assert shape_of("it snows") != shape_of("it is night")
+    known = annotations(SHORT, "train", 40)
+    own = recall_report(QueryOnly.fitted(known).predict(known), known).values["R1@0.5"]
+    blind = recall_report(MomentPrior.fitted(known).predict(known), known).values["R1@0.5"]
+    assert own > blind  # on its own training set it must know more than the prior
+
+
+def test_the_oracle_needs_the_script() -> None:
+    asked = annotations(SHORT, "val", 2)
+    with pytest.raises(DataError, match="no script"):
+        ScriptOracle({}).predict(asked)
+
+
+# --- the encoder ----------------------------------------------------------------------------------
+
+
+def test_the_best_clip_is_as_often_right_as_on_real_video() -> None:
+    data = load(SHORT, "val", 40)
+    rates = by_group(data, best_clip_inside(data), level_of)
+    rate, count = rates["action"]
+    assert count > 50
+    assert 70 < rate < 95, rates  # 75-90 on all 60 films; 3 points are chance here
+
+
+def test_the_shipped_weights_say_how_they_were_made() -> None:
+    encoder = tiny_dual_encoder()
+    recipe = read_recipe(WEIGHTS)
+    assert recipe == plain(EncoderRecipe())
+    assert WEIGHTS.stat().st_size < 4e6
+    assert sum(p.numel() for p in encoder.parameters()) <= 3_000_000
+    assert encoder.text.vocabulary == vocabulary()
+
+
+def plain(recipe: EncoderRecipe) -> dict:
+    import json
+    from dataclasses import asdict
+
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+def test_training_a_little_goes_the_same_way(tmp_path: Path) -> None:
+    """A small encoder, some steps: far from the shipped one, far from chance."""
+    recipe = EncoderRecipe()
+    small = replace(
+        recipe,
+        model=replace(recipe.model, channels=(12, 24, 48), text_layers=1, dim=48),
+        batch_size=48,
+        batches=60,
+        training=replace(recipe.training, epochs=1, warmup_epochs=0.1, learning_rate=4e-3),
+    )
+    result = train_encoder(small, tmp_path / "run")
+    losses = result.steps["total"]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+    save_encoder(result.model, small, tmp_path / "weights.safetensors")
+    again = TinyDualEncoder.load(tmp_path / "weights.safetensors")
+    window = render(write_script(SHORT, "val", 0), 3 + 0.5 * np.arange(4))[None]
+    np.testing.assert_allclose(
+        again.video.encode(window), result.model.video.encode(window), atol=0.02
+    )
+    assert result.validations[-1]["text R1"] > 100 * 3 / 48
+
+
+@pytest.mark.slow
+def test_training_again_gives_the_same_quality(tmp_path: Path) -> None:
+    """The whole recipe, about ten minutes of one core."""
+    recipe = EncoderRecipe()
+    result = train_encoder(recipe, tmp_path / "run")
+    plan = recipe.source("val")
+    from tvg_lib.encoders.tiny import PairPlan
+
+    held_out = PairPlan(plan, recipe.batch_size, 4, seed=99)
+    batches = [held_out.load(spec) for spec in held_out.epoch(0)]
+    ours, shipped = (pair_recall(m, batches) for m in (result.model, tiny_dual_encoder()))
+    for name, value in shipped.items():
+        assert abs(ours[name] - value) < 6, (name, ours, shipped)
+    data = load(SHORT, "val", 40, encoder=result.model)
+    assert 70 < by_group(data, best_clip_inside(data), level_of)["action"][0] < 95
+
+
+# --- by scale and name ----------------------------------------------------------------------------
+
+
+def test_sources_offer_shapestories_by_name() -> None:
+    data = sources.benchmark("smoke", "shapestories-short")
+    assert [data[split].name for split in ("train", "val", "test")] == [
+        f"shapestories-short/{split}" for split in ("train", "val", "test")
+    ]
+    assert sources.benchmark("smoke")["test"].name == "planted/test"
+    with pytest.raises(ConfigurationError, match="shapestories-medium"):
+        sources.benchmark("smoke", "shapestories")
+    assert paths.cache().exists()
