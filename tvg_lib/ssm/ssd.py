@@ -242,8 +242,8 @@ class _SSD(torch.autograd.Function):
     Everything that involves the state is one large matrix product over all heads, in the layout the
     inputs already have: states are (N, H * P), chunks (Q, H * P). Only the (Q x Q) attention needs
     heads apart. Chunks are taken a block at a time, so the (Q x Q) matrices stay in the cache and
-    are never stored. Kept for the backward pass: the inputs and one state per block; the states of
-    the chunks and the matrices are formed again.
+    are never stored; the backward pass forms them again. Kept for it: the inputs and the state at
+    the start of each chunk (as many numbers as `x` when Q = N).
 
     Rounding: a_i - a_j is a difference of sums over at most Q steps. Its error is at most about
     Q * eps * (mean step) and enters multiplied by exp(a_i - a_j), so it stays below 3e-6 for Q = 64
@@ -264,15 +264,19 @@ class _SSD(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for part in _parts(inputs, q, reverse):
                 for block in part.blocks():
-                    kept.append(h)
-                    starts, h = block.states(h)
-                    through = torch.bmm(block.C, starts).view(block.shape)
-                    _, attention = block.attention(in_place=True)
+                    starts, h = block.pass_states(h)
+                    kept.append(starts)
+                    out = torch.bmm(block.C, starts).view(block.shape).mul_(block.from_start)
+                    decays, scores = block.decays(), block.scores()
+                    attention = block.by_head(decays).mul_(scores.unsqueeze(1)).flatten(0, 1)
                     seen = torch.bmm(attention, block.heads_first(block.x, block.dt))
-                    seen = block.heads_last(seen)
                     if inputs.D is not None:
-                        seen = torch.addcmul(seen, block.x, _per_channel(inputs.D))
-                    block.store(y, torch.addcmul(seen, through, block.from_start))
+                        out.addcmul_(block.x, _per_channel(inputs.D))
+                    torch.add(
+                        block.by_sequence(out),
+                        block.by_sequence(block.heads_last(seen)),
+                        out=block.of(y),
+                    )
         ctx.save_for_backward(*tensors, *(kept if any(ctx.needs_input_grad) else ()))
         ctx.q, ctx.reverse = q, reverse
         return y, h.view(batch, n, heads, channels).permute(0, 2, 3, 1).contiguous()
@@ -292,45 +296,45 @@ class _SSD(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for part in reversed(_parts(inputs, ctx.q, ctx.reverse)):
                 for block in part.blocks(backwards=True):
-                    starts, _ = block.states(kept.pop())
+                    starts = kept.pop()
                     out = block.load(dy)
                     # through the state: y_i = exp(a_i) C_i h_start
                     scaled = out * block.from_start
                     rows = scaled.flatten(2)
-                    ends, g = block.gradients(torch.bmm(block.C.mT, rows), g)
+                    ends, g = block.pass_gradients(torch.bmm(block.C.mT, rows), g)
                     dC_block = torch.bmm(rows, starts.mT)
                     da_block = scaled.mul_(torch.bmm(block.C, starts).view(block.shape)).sum(3)
                     # through the write: h_end = exp(a_Q) h_start + sum_j exp(a_Q - a_j) xd_j B_j
-                    dB_block = torch.bmm(block.xw.flatten(2), ends.mT)
                     dxd = torch.bmm(block.B, ends).view(block.shape)
+                    dB_block = torch.bmm(block.xw.flatten(2), ends.mT)
                     write = block.xw.mul_(dxd).sum(3)
                     dxd.mul_(block.to_end)
                     da_block -= write
                     da_end = ends.mul_(starts).sum(1).view(-1, heads, channels).sum(2)
-                    da_block[:, block.last] += da_end.mul_(block.decay.flatten(0, 1)).add_(
-                        write.sum(1)
-                    )
+                    da_end.mul_(block.decay.flatten(0, 1)).add_(write.sum(1))
+                    da_block[:, block.last] += da_end
                     # within the chunk: y_i = sum_j M_ij xd_j, M = G o L, G = C B^T
-                    decays, attention = block.attention()
+                    decays, scores = block.decays(), block.scores()
+                    attention = (block.by_head(decays) * scores.unsqueeze(1)).flatten(0, 1)
                     out_h, xd_h = block.heads_first(out), block.heads_first(block.x, block.dt)
                     dxd += block.heads_last(torch.bmm(attention.mT, out_h))
-                    weighted = torch.bmm(out_h, xd_h.mT).mul_(decays)  # dM o L
-                    by_head = weighted.unflatten(0, (-1, heads))
-                    dG = block.cut(by_head.sum(1))
+                    weighted = torch.bmm(out_h, xd_h.mT, out=attention).mul_(decays)  # dM o L
+                    weighted = block.by_head(weighted)
+                    dG = block.cut(weighted.sum(1))
                     dC_block.baddbmm_(dG, block.B)
                     dB_block.baddbmm_(dG.mT, block.C)
                     # dM o M off the diagonal: a_i - a_j is zero on it
-                    by_head.mul_(block.scores(1).unsqueeze(1))
-                    da_block += (by_head.sum(3) - by_head.sum(2)).transpose(1, 2)
-                    block.store(da, da_block)
-                    block.store(ddt, (dxd * block.x).sum(3))
+                    weighted.mul_(block.cut(scores, 1).unsqueeze(1))
+                    da_block += (weighted.sum(3) - weighted.sum(2)).transpose(1, 2)
+                    block.of(da).copy_(block.by_sequence(da_block))
+                    torch.sum(block.by_sequence(dxd * block.x), 4, out=block.of(ddt))
                     dxd.mul_(block.dt)
                     if D is not None:
                         dD += (out * block.x).sum((0, 1))
                         dxd.addcmul_(out, _per_channel(D))
-                    block.store(dx, dxd)
-                    block.store(dB, dB_block)
-                    block.store(dC, dC_block)
+                    block.of(dx).copy_(block.by_sequence(dxd))
+                    block.of(dB).copy_(block.by_sequence(dB_block))
+                    block.of(dC).copy_(block.by_sequence(dC_block))
                 # a is a running sum within the chunk, so its gradient is one from the other end
                 dstep = part.running_sum(part.chunked(da), not ctx.reverse)
                 dA += (dstep * part.dt).sum((0, 1, 2))
@@ -406,9 +410,8 @@ class _Block:
     def __init__(self, part: _Chunks, cut: slice) -> None:
         inputs, q = part.inputs, part.q
         start = part.time.start
+        self.q, self.reverse, self.kind = q, part.reverse, part.dt.dtype
         self.time = slice(start + cut.start * q, start + cut.stop * q)
-        self.part = part
-        self.kind = part.dt.dtype
         self.count = cut.stop - cut.start
         self.last = 0 if part.reverse else -1  # the step at which a chunk hands its state on
         self.x = self.load(inputs.x)  # (R, Q, H, P)
@@ -425,72 +428,70 @@ class _Block:
 
     def load(self, v: Tensor) -> Tensor:
         """The block's steps of (B, T, ...) as (R, Q, ...); a view where that is possible."""
-        return v[:, self.time].to(self.kind).reshape(-1, self.part.q, *v.shape[2:])
+        return v[:, self.time].to(self.kind).reshape(-1, self.q, *v.shape[2:])
 
-    def store(self, v: Tensor, rows: Tensor) -> None:
-        """The opposite of `load`."""
-        v[:, self.time] = rows.reshape(v.shape[0], -1, *v.shape[2:])
+    def of(self, v: Tensor) -> Tensor:
+        """The block's steps of (B, T, ...) as (B, c, Q, ...), to write to."""
+        return v[:, self.time].unflatten(1, (self.count, self.q))
 
-    def states(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """States at the start of each chunk (R, N, HP), from the one before the block (B, N, HP).
+    def by_sequence(self, v: Tensor) -> Tensor:
+        """(R, ...) -> (B, c, ...), a view."""
+        return v.unflatten(0, (-1, self.count))
 
-        Also the state after the block.
-        """
-        return self._pass_on(torch.bmm(self.B.mT, self.xw.flatten(2)), h, self.part.reverse)
+    def by_head(self, v: Tensor) -> Tensor:
+        """(R * H, ...) -> (R, H, ...), a view."""
+        return v.unflatten(0, (-1, self.shape[2]))
 
-    def gradients(self, through: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the states at the end of each chunk, and of the state before the block.
-
-        `through` (R, N, HP) is what reaches the start of each chunk from within it, `g` what
-        reaches the end of the block.
-        """
-        return self._pass_on(through, g, not self.part.reverse)
-
-    def _pass_on(self, added: Tensor, h: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
-        """From chunk to chunk: h becomes decay * h + added. All h before a chunk, and the last."""
-        channels = self.shape[3]
-        order = range(self.count)[::-1] if backwards else range(self.count)
-        added = added.unflatten(0, (-1, self.count))
-        before = torch.empty_like(added)
-        add, seen = added.unbind(1), before.unbind(1)
-        decay = self.decay.repeat_interleave(channels, 2).unsqueeze(2).unbind(1)
-        seen[order[0]].copy_(h)
-        for i, following in pairwise(order):
-            torch.addcmul(add[i], seen[i], decay[i], out=seen[following])
-        i = order[-1]
-        return before.flatten(0, 1), torch.addcmul(add[i], seen[i], decay[i])
+    def heads_last(self, v: Tensor) -> Tensor:
+        """(R * H, Q, P) -> (R, Q, H, P), a view."""
+        return self.by_head(v).transpose(1, 2)
 
     def heads_first(self, v: Tensor, factor: Tensor | None = None) -> Tensor:
         """(R, Q, H, P) -> (R * H, Q, P), contiguous; times `factor` (R, Q, H, 1)."""
         turned = v.transpose(1, 2)
-        place = torch.empty(turned.shape, dtype=v.dtype, device=v.device)
         if factor is None:
-            place.copy_(turned)
-        else:
-            torch.mul(turned, factor.transpose(1, 2), out=place)
-        return place.flatten(0, 1)
+            return turned.flatten(0, 1)
+        place = torch.empty(turned.shape, dtype=v.dtype, device=v.device)
+        return torch.mul(turned, factor.transpose(1, 2), out=place).flatten(0, 1)
 
-    def heads_last(self, v: Tensor) -> Tensor:
-        """(R * H, Q, P) -> (R, Q, H, P), a view."""
-        return v.unflatten(0, (-1, self.shape[2])).transpose(1, 2)
+    def pass_states(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """States at the start of each chunk (R, N, HP), from the one before the block (B, N, HP).
+
+        Also the state after the block.
+        """
+        return self._pass_on(torch.bmm(self.B.mT, self.xw.flatten(2)), h, self.reverse)
+
+    def pass_gradients(self, through: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the states at the end of each chunk, and of the state before the block.
+
+        `through` (R, N, HP) is what reaches the start of each chunk from within it, `g` (B, N, HP)
+        what reaches the end of the block.
+        """
+        return self._pass_on(through, g, not self.reverse)
+
+    def _pass_on(self, added: Tensor, h: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
+        """From chunk to chunk: h becomes decay * h + added. All h before a chunk, and the last."""
+        order = range(self.count)[::-1] if backwards else range(self.count)
+        before = torch.empty_like(added)
+        add, seen = self.by_sequence(added).unbind(1), self.by_sequence(before).unbind(1)
+        decay = self.decay.repeat_interleave(self.shape[3], 2).unsqueeze(2).unbind(1)
+        seen[order[0]].copy_(h)
+        for i, following in pairwise(order):
+            torch.addcmul(add[i], seen[i], decay[i], out=seen[following])
+        i = order[-1]
+        return before, torch.addcmul(add[i], seen[i], decay[i])
 
     def cut(self, v: Tensor, diagonal: int = 0) -> Tensor:
         """Zero in place where a step would hear from one that comes later in the run."""
-        return v.triu_(diagonal) if self.part.reverse else v.tril_(-diagonal)
+        return v.triu_(diagonal) if self.reverse else v.tril_(-diagonal)
 
-    def scores(self, diagonal: int = 0) -> Tensor:
+    def scores(self) -> Tensor:
         """G = C B^T (R, Q, Q), zero where a step comes too late."""
-        return self.cut(torch.bmm(self.C, self.B.mT), diagonal)
+        return self.cut(torch.bmm(self.C, self.B.mT))
 
-    def attention(self, in_place: bool = False) -> tuple[Tensor, Tensor]:
-        """L (R * H, Q, Q), valid where G is not cut to zero, and M = G o L.
+    def decays(self) -> Tensor:
+        """L (R * H, Q, Q), valid where G is not cut to zero.
 
         Where it is, a_i - a_j would be positive and could overflow: the difference is cut to zero.
-        `in_place`: M takes the place of L.
         """
-        decays = self.a.unsqueeze(2) - self.a.unsqueeze(1)
-        decays.clamp_(max=0).exp2_()
-        scores = self.scores().unsqueeze(1)
-        by_head = decays.unflatten(0, (-1, self.shape[2]))
-        product = by_head.mul_(scores) if in_place else by_head * scores
-        return decays, product.flatten(0, 1)
+        return (self.a.unsqueeze(2) - self.a.unsqueeze(1)).clamp_(max=0).exp2_()
