@@ -13,7 +13,7 @@ reproduces this, to match numbers of released checkpoints.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -254,7 +254,97 @@ class Mamba(nn.Module):
         return y, MambaState(self.conv1d.tail(inner, history, scan_mask), h)
 
 
-class Mamba2(nn.Module):
+class _DualityLayer(nn.Module):
+    """What Mamba2 and Hydra share: all but the norm, the output projection and the forward pass.
+
+    Args:
+        d_model: channels C.
+        d_state: N, numbers remembered per inner channel and direction.
+        d_conv: taps of the convolution.
+        expand: inner width / C.
+        headdim: P, channels of a head.
+        ngroups: heads are divided into so many groups that share B and C.
+        directions: 1 or 2; each has its own B, C and step sizes.
+        bias, conv_bias: biases of the projections and of the convolution.
+        chunk_size: see `ssd_scan`.
+        dt_min, dt_max, dt_init_floor, A_init_range: ranges of the initial step sizes and of -A.
+        leak_padding: let padding into the state, as the published code does (see the module).
+        backend: see `tvg_lib.ssm.Backend`.
+    """
+
+    norm: GatedRMSNorm
+    out_proj: nn.Linear
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        d_conv: int,
+        expand: float,
+        headdim: int,
+        ngroups: int,
+        directions: int,
+        *,
+        bias: bool,
+        conv_bias: bool,
+        chunk_size: int | None,
+        dt_min: float,
+        dt_max: float,
+        dt_init_floor: float,
+        A_init_range: tuple[float, float],
+        leak_padding: bool,
+        backend: Backend,
+    ) -> None:
+        super().__init__()
+        width = int(expand * d_model)
+        self.width = width
+        self.nheads = _heads(width, headdim, ngroups)
+        self.ngroups = ngroups
+        of_state = directions * ngroups * d_state
+        self.sizes = (width, of_state, of_state)
+        self.chunk_size = chunk_size
+        self.leak_padding = leak_padding
+        self.backend: Backend = backend
+        inner = sum(self.sizes)
+        self.parts = (width, inner, directions * self.nheads)
+        self.in_proj = nn.Linear(d_model, sum(self.parts), bias=bias)
+        self.conv1d = DepthwiseConv(inner, d_conv, conv_bias, causal=directions == 1)
+        self.dt_bias = _no_decay(
+            nn.Parameter(_step_bias(self.nheads, dt_min, dt_max, dt_init_floor))
+        )
+        A = torch.empty(self.nheads).uniform_(*A_init_range)
+        self.A_log = _no_decay(nn.Parameter(A.log()))
+        self.D = _no_decay(nn.Parameter(torch.ones(self.nheads)))
+
+    def _enter(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+        """The input projection: gate, input of the convolution, raw step sizes."""
+        _check_input(x, self.in_proj.in_features, mask)
+        return _project(self.in_proj, x, mask).split(self.parts, 2)
+
+    def _scan(
+        self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """One direction, on u (B, T, H, P) and B, C (B, T, G * N)."""
+        return ssd_scan(
+            u,
+            dt,
+            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            B.unflatten(2, (self.ngroups, -1)),
+            C.unflatten(2, (self.ngroups, -1)),
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            chunk_size=self.chunk_size,
+            backend=self.backend,
+            **options,
+        )
+
+    def _leave(self, y: Tensor, z: Tensor, mask: Tensor | None) -> Tensor:
+        """Norm, gate and output projection of y (B, T, H, P); padded steps stay zero."""
+        y = self.out_proj(self.norm(y.flatten(2), z, self.backend))
+        return y if mask is None else y * mask.unsqueeze(2)
+
+
+class Mamba2(_DualityLayer):
     """Mamba-2: state-space duality SSD (Dao and Gu 2024, section 7, figure 6).
 
     Args:
@@ -292,24 +382,26 @@ class Mamba2(nn.Module):
         leak_padding: bool = False,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__()
-        width = int(expand * d_model)
-        self.nheads = _heads(width, headdim, ngroups)
-        self.ngroups = ngroups
-        self.sizes = (width, ngroups * d_state, ngroups * d_state)
-        self.chunk_size = chunk_size
-        self.leak_padding = leak_padding
-        self.backend: Backend = backend
-        self.in_proj = nn.Linear(d_model, width + sum(self.sizes) + self.nheads, bias=bias)
-        self.conv1d = DepthwiseConv(sum(self.sizes), d_conv, conv_bias, causal=True)
-        self.dt_bias = _no_decay(
-            nn.Parameter(_step_bias(self.nheads, dt_min, dt_max, dt_init_floor))
+        super().__init__(
+            d_model,
+            d_state,
+            d_conv,
+            expand,
+            headdim,
+            ngroups,
+            directions=1,
+            bias=bias,
+            conv_bias=conv_bias,
+            chunk_size=chunk_size,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init_floor=dt_init_floor,
+            A_init_range=A_init_range,
+            leak_padding=leak_padding,
+            backend=backend,
         )
-        A = torch.empty(self.nheads).uniform_(*A_init_range)
-        self.A_log = _no_decay(nn.Parameter(A.log()))
-        self.D = _no_decay(nn.Parameter(torch.ones(self.nheads)))
-        self.norm = GatedRMSNorm(width, norm_before_gate, ngroups)
-        self.out_proj = nn.Linear(width, d_model, bias=bias)
+        self.norm = GatedRMSNorm(self.width, norm_before_gate, ngroups)
+        self.out_proj = nn.Linear(self.width, d_model, bias=bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); `mask` (B, T) is True where valid."""
@@ -325,34 +417,23 @@ class Mamba2(nn.Module):
         Raises:
             DataError: shapes do not fit.
         """
-        _check_input(x, self.in_proj.in_features, mask)
-        width = self.sizes[0]
-        parts = [width, sum(self.sizes), self.nheads]
-        z, inner, dt = _project(self.in_proj, x, mask).split(parts, 2)
-        scan_mask = None if self.leak_padding else mask
+        z, inner, dt = self._enter(x, mask)
+        mask = None if self.leak_padding else mask
         history = None if state is None else state.conv
         u, B, C = self.conv1d(inner, history, self.backend).split(self.sizes, 2)
-        y, h = ssd_scan(
+        y, h = self._scan(
             u.unflatten(2, (self.nheads, -1)),
             dt,
-            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
-            B.unflatten(2, (self.ngroups, -1)),
-            C.unflatten(2, (self.ngroups, -1)),
+            B,
+            C,
             D=self.D,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            mask=scan_mask,
+            mask=mask,
             initial_state=None if state is None else state.scan,
-            chunk_size=self.chunk_size,
-            backend=self.backend,
         )
-        y = self.out_proj(self.norm(y.flatten(2), z, self.backend))
-        if scan_mask is not None and self.out_proj.bias is not None:
-            y = y * scan_mask.unsqueeze(2)
-        return y, MambaState(self.conv1d.tail(inner, history, scan_mask), h)
+        return self._leave(y, z, mask), MambaState(self.conv1d.tail(inner, history, mask), h)
 
 
-class Hydra(nn.Module):
+class Hydra(_DualityLayer):
     """Hydra: bidirectional, by a quasiseparable matrix mixer (Hwang et al. 2024, section 3).
 
     y = shift(SSD(x)) + flip(shift(SSD(flip(x)))) + diag(D + fc_D x) x: each pass is shifted by one
@@ -392,27 +473,29 @@ class Hydra(nn.Module):
         leak_padding: bool = False,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__()
         if d_conv % 2 == 0:
             raise ConfigurationError(f"Hydra: d_conv: expected an odd number, found {d_conv}")
-        width = int(expand * d_model)
-        self.nheads = _heads(width, headdim, ngroups)
-        self.ngroups = ngroups
-        self.sizes = (width, 2 * ngroups * d_state, 2 * ngroups * d_state)
-        self.chunk_size = chunk_size
-        self.leak_padding = leak_padding
-        self.backend: Backend = backend
-        self.in_proj = nn.Linear(d_model, width + sum(self.sizes) + 2 * self.nheads, bias=bias)
-        self.conv1d = DepthwiseConv(sum(self.sizes), d_conv, conv_bias, causal=False)
-        self.dt_bias = _no_decay(
-            nn.Parameter(_step_bias(self.nheads, dt_min, dt_max, dt_init_floor))
+        super().__init__(
+            d_model,
+            d_state,
+            d_conv,
+            expand,
+            headdim,
+            ngroups,
+            directions=2,
+            bias=bias,
+            conv_bias=conv_bias,
+            chunk_size=chunk_size,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init_floor=dt_init_floor,
+            A_init_range=A_init_range,
+            leak_padding=leak_padding,
+            backend=backend,
         )
-        A = torch.empty(self.nheads).uniform_(*A_init_range)
-        self.A_log = _no_decay(nn.Parameter(A.log()))
-        self.D = _no_decay(nn.Parameter(torch.ones(self.nheads)))
-        self.fc_D = nn.Linear(width, self.nheads, bias=False)
-        self.norm = GatedRMSNorm(width, norm_before_gate=True)
-        self.out_proj = nn.Linear(width, d_model, bias=bias)
+        self.fc_D = nn.Linear(self.width, self.nheads, bias=False)
+        self.norm = GatedRMSNorm(self.width, norm_before_gate=True)
+        self.out_proj = nn.Linear(self.width, d_model, bias=bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); `mask` (B, T) is True where valid.
@@ -420,40 +503,39 @@ class Hydra(nn.Module):
         Raises:
             DataError: shapes do not fit.
         """
-        _check_input(x, self.in_proj.in_features, mask)
-        width = self.sizes[0]
-        parts = [width, sum(self.sizes), 2 * self.nheads]
-        z, inner, dt = _project(self.in_proj, x, mask).split(parts, 2)
-        scan_mask = None if self.leak_padding else mask
-        inner = self.conv1d(inner, None, self.backend)
+        z, inner, dt = self._enter(x, mask)
+        mask = None if self.leak_padding else mask
         # channels after the convolution: x, then B and C of the forward pass, then of the backward
-        u, forward, backward = inner.split(self.sizes, 2)
+        u, forward, backward = self.conv1d(inner, None, self.backend).split(self.sizes, 2)
         diagonal = F.linear(u, self.fc_D.weight, self.D)  # (B, T, H)
         u = u.unflatten(2, (self.nheads, -1))
         dt_forward, dt_backward = dt.chunk(2, 2)
-        y = torch.addcmul(
-            self._pass(u, dt_forward, forward, scan_mask),
-            u,
-            diagonal.unsqueeze(3).to(u.dtype),
-        )
-        back = None if scan_mask is None else scan_mask.flip(1)
-        y = y + self._pass(u.flip(1), dt_backward.flip(1), backward.flip(1), back).flip(1)
-        y = self.out_proj(self.norm(y.flatten(2), z, self.backend))
-        return y if scan_mask is None else y * scan_mask.unsqueeze(2)
+        past, _ = self._scan(u, dt_forward, *forward.chunk(2, 2), mask=mask)
+        future, _ = self._scan(u, dt_backward, *backward.chunk(2, 2), mask=mask, reverse=True)
+        return self._leave(_Quasiseparable.apply(u, diagonal, past, future), z, mask)
 
-    def _pass(self, u: Tensor, dt: Tensor, BC: Tensor, mask: Tensor | None) -> Tensor:
-        """One direction: the scan, shifted by one step; the first step hears nothing."""
-        B, C = BC.unflatten(2, (2 * self.ngroups, -1)).chunk(2, 2)
-        y, _ = ssd_scan(
-            u,
-            dt,
-            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
-            B,
-            C,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            mask=mask,
-            chunk_size=self.chunk_size,
-            backend=self.backend,
+
+class _Quasiseparable(torch.autograd.Function):
+    """y_t = diagonal_t u_t + past_{t-1} + future_{t+1}, on (B, T, H, P); zeros beyond the ends.
+
+    By hand because it touches each number once; slices and additions would write (B, T, H, P) four
+    times more in each direction.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, diagonal: Tensor, past: Tensor, future: Tensor) -> Tensor:
+        ctx.save_for_backward(u, diagonal)
+        y = u * diagonal.to(u.dtype).unsqueeze(3)
+        y[:, 1:] += past[:, :-1]
+        y[:, :-1] += future[:, 1:]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        u, diagonal = ctx.saved_tensors
+        return (
+            dy * diagonal.to(u.dtype).unsqueeze(3),
+            (dy * u).sum(3).to(diagonal.dtype),
+            F.pad(dy[:, 1:], (0, 0, 0, 0, 0, 1)),
+            F.pad(dy[:, :-1], (0, 0, 0, 0, 1, 0)),
         )
-        return F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0))
