@@ -198,10 +198,16 @@ class F2SGD(nn.Module):
         h = self.dropout(h)
         if self.config.evidence:
             h = torch.cat([h, x], dim=1)
-        logits = self.mlp(h.movedim(1, -1)).squeeze(-1)
+        logits = self._per_cell(h)
         if self.config.evidence:
             logits = logits + self.gain * total
         return logits, valid
+
+    def _per_cell(self, h: Tensor) -> Tensor:
+        """The MLP at every cell, (Q, C, N, M) to (Q, N, M), without moving the channels last."""
+        first, activation, second = self.mlp
+        hidden = activation(first.weight @ h.flatten(2) + first.bias[:, None])
+        return (second.weight @ hidden + second.bias[:, None]).view(h.shape[0], *h.shape[2:])
 
     @staticmethod
     def _evidence(alignment: Alignment, rows: Tensor, columns: Tensor) -> Tensor:

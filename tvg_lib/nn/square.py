@@ -68,11 +68,20 @@ class _FourierConvolution(torch.autograd.Function):
 
 
 def _mix(x: Tensor, w: Tensor) -> Tensor:
-    """Sum over channels at every frequency: (Q, I, F, G), (O, I, F, G) to (Q, O, F, G)."""
+    """Sum over channels at every frequency: (Q, I, F, G), (O, I, F, G) to (Q, O, F, G).
+
+    Complex numbers as pairs of reals, (a + bi)(c + di) as a 2 x 2 block: a batch of small complex
+    products is several times slower than one of real products twice as wide.
+    """
     grid = x.shape[-2:]
-    x = x.flatten(-2).permute(2, 0, 1)  # (FG, Q, I)
-    w = w.flatten(-2).permute(2, 1, 0)  # (FG, I, O)
-    return torch.bmm(x, w).permute(1, 2, 0).unflatten(-1, grid)
+    pairs = torch.view_as_real(x.resolve_conj()).flatten(2, 3)  # (Q, I, FG, 2)
+    pairs = pairs.permute(2, 0, 1, 3).flatten(2)  # (FG, Q, 2 I)
+    real, imaginary = torch.view_as_real(w.resolve_conj()).flatten(2, 3).permute(3, 2, 1, 0)
+    blocks = torch.stack(
+        [torch.stack([real, imaginary], -1), torch.stack([-imaginary, real], -1)], dim=2
+    )  # (FG, I, 2, O, 2)
+    mixed = torch.bmm(pairs, blocks.flatten(3).flatten(1, 2)).unflatten(-1, (-1, 2))
+    return torch.view_as_complex(mixed.permute(1, 2, 0, 3).contiguous()).unflatten(-1, grid)
 
 
 def _centred(weight: Tensor, size: tuple[int, int]) -> Tensor:
