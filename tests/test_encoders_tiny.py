@@ -112,7 +112,7 @@ def test_what_an_encoder_cannot_read_is_refused(
         model.video.encode(windows[:, :2])
     with pytest.raises(DataError, match="uint8"):
         model.video.encode(windows.astype(np.float32))
-    with pytest.raises(DataError, match="'raises'.*rises"):
+    with pytest.raises(DataError, match=r"'raises'.*rises"):
         model.text.encode(["the red square raises"])
     for text in ("", "?!", "red " * (CONFIG.max_words + 1)):
         with pytest.raises(DataError, match="words, found"):
@@ -164,7 +164,7 @@ def test_pairs_that_say_the_same_are_no_negatives() -> None:
         [False, False, True],
     ]
     terms = objective(PairEmbeddings(vectors, vectors), batch)
-    assert float(terms["total"]) == pytest.approx(2 / 3 * np.log(2), abs=1e-4)
+    assert terms["total"].item() == pytest.approx(2 / 3 * np.log(2), abs=1e-4)
     terms["total"].backward()
     assert float(vectors.grad.abs().max()) < 1e-4
 
@@ -302,6 +302,7 @@ def test_files_that_do_not_fit_are_named(model: TinyDualEncoder, tmp_path: Path,
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(model: TinyDualEncoder, windows: np.ndarray) -> None:
     texts: Sequence[str] = ["the red square rises", "blue"]
     expected = model.video.encode(windows), model.text.encode(texts)

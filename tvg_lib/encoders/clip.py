@@ -97,7 +97,7 @@ class CLIPWords:
     @cached_property
     def name(self) -> str:
         """Names the weights."""
-        return weights_name("clip-words", self.model, self.tokenizer.get_vocab())
+        return weights_name("clip-words", self.model, sorted(self.tokenizer.get_vocab().items()))
 
     def encode(self, sentences: Sequence[str]) -> np.ndarray:
         """(N, D) float32 unit vectors.
