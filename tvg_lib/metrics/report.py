@@ -1,6 +1,6 @@
 """What every metric of this package returns: values, and the per-query numbers behind them."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 
@@ -94,6 +94,29 @@ class MetricReport:
             f"<table><caption>{len(self.query_ids)} queries</caption>"
             f"<tr>{head}</tr><tr>{body}</tr></table>"
         )
+
+
+def mean_report(reports: Sequence[MetricReport]) -> MetricReport:
+    """Several runs on the same queries, such as seeds, as one: every number is their mean.
+
+    Raises:
+        DataError: there is no report, or they differ in queries or metrics.
+    """
+    if not reports:
+        raise DataError("a mean needs one report or more")
+    first = reports[0]
+    for other in reports[1:]:
+        if other.query_ids != first.query_ids or set(other.values) != set(first.values):
+            raise DataError("reports with different queries or metrics have no mean")
+    return MetricReport(
+        first.query_ids,
+        {name: float(np.mean([r.values[name] for r in reports])) for name in first.values},
+        {
+            name: np.mean([r.contributions[name] for r in reports], axis=0)
+            for name in first.contributions
+        },
+        groups=first.groups,
+    )
 
 
 def percent(hits: np.ndarray) -> np.ndarray:
