@@ -23,9 +23,10 @@ here on a residual branch, so that nothing is lost where attention finds nothing
 
 **Given space.** The papers' text and video features do not share a space. Where sentence and clips
 do (QVH-captions, CLIP), `given_space` keeps the given similarity and learns a correction of it:
-every output is the given vector plus a linear map, zero at first, of what the branch computed; a
-fused output is the first one plus such a map of what fusion computed. An untrained model is then
-the rule without training: the maximum over (averaged) segments, mixed with the mean of the frames.
+every output is the given vector plus a linear map, zero at first, of what the branch computed and
+of the given vector; a fused output is the first one plus such a map of what fusion computed. An
+untrained model is then the rule without training: the maximum over (averaged) segments, mixed with
+the mean of the frames.
 """
 
 from dataclasses import dataclass, replace
@@ -80,6 +81,8 @@ class MamFusionConfig:
         given_space: see the module.
         smoothing: with `given_space`, neighbouring segments averaged in the given clip vectors (an
             odd number).
+        correction: scale of all corrections. A step of Adam moves every weight alike, so this, not
+            the learning rate, says how far a step may leave the given space.
         initial_std: of all linear maps at first.
         masks_as_published: give Mamba no mask, and take the length of the Gaussians' axis over the
             padding. Results then depend on padding; only of use for matching released results.
@@ -108,6 +111,7 @@ class MamFusionConfig:
     input_dropout: float = 0.2
     given_space: bool = False
     smoothing: int = 1
+    correction: float = 0.05
     initial_std: float = 0.02
     masks_as_published: bool = False
 
@@ -494,7 +498,7 @@ class MamFusion(nn.Module):
             if config.reranks:
                 parts += ["fused_query", "fused_clip"]
             for part in parts:
-                self.corrections[part] = nn.Linear(channels, config.video_dim)
+                self.corrections[part] = nn.Linear(channels + config.video_dim, config.video_dim)
                 nn.init.zeros_(self.corrections[part].weight)
                 nn.init.zeros_(self.corrections[part].bias)
 
@@ -512,8 +516,12 @@ class MamFusion(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def _placed(self, part: str, base: Tensor | None, hidden: Tensor) -> Tensor:
-        """What a branch computed, or its base with a correction by it in a given space."""
-        return hidden if base is None else base + self.corrections[part](hidden)
+        """What a branch computed, or its base with a correction by both in a given space."""
+        if base is None:
+            return hidden
+        # The base has length 1 or so, what comes out of a layer norm sqrt(C).
+        both = torch.cat([hidden, base * base.shape[-1] ** 0.5], dim=-1)
+        return base + self.config.correction * self.corrections[part](both)
 
     def encode_text(self, text: Tensor, mask: Tensor, sentence: Tensor | None) -> EncodedQueries:
         """Args: text (Q, K, C), mask (Q, K), sentence (Q, D), read with `given_space` only.
