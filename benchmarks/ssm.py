@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,15 +33,15 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tvg_lib.ssm import Hydra, Mamba, Mamba2, s6_scan, ssd_scan
+from tvg_lib.ssm import Hydra, Mamba, Mamba2, kernels, s6_scan, ssd_scan
 
 Contenders = dict[str, Callable[[], Tensor]]
 
 
 def package(name: str) -> Any:
-    """Import a module of an optional package; its CUDA extension may be absent on a CPU."""
-    if not torch.cuda.is_available():
-        sys.modules.setdefault("selective_scan_cuda", ModuleType("selective_scan_cuda"))
+    """Import a module of an optional package; mamba-ssm's CUDA extension may be absent."""
+    if name.startswith("mamba_ssm"):
+        kernels.chunk_scan()  # imports mamba-ssm whether or not it was built with its extension
     return importlib.import_module(name)
 
 
@@ -117,7 +116,7 @@ def s6_scans(batch: int, device: str) -> tuple[Contenders, list[Tensor], dict[st
         ways["mamba-ssm reference"] = lambda: theirs.selective_scan_ref(
             turned[0], turned[1], A, turned[2], turned[3]
         ).transpose(1, 2)
-        if device == "cuda":
+        if device == "cuda" and kernels.selective_scan().call is not None:
             ways["ours, mamba-ssm kernel"] = lambda: s6_scan(x, dt, A, B, C, backend="mamba_ssm")[0]
             ways["mamba-ssm kernel"] = lambda: theirs.selective_scan_fn(
                 turned[0], turned[1], A, turned[2], turned[3]

@@ -2,9 +2,9 @@
 """mamba-ssm's own code on the CPU, beside ours: prints one JSON object {case: largest difference}.
 
 Run as a script in a process of its own, because Triton reads TRITON_INTERPRET when it is imported.
-Patches, for this comparison only: an empty module in place of the CUDA extension, a null context
-in place of `torch.cuda.device`, one multiprocessor as the device's property, and one configuration
-for each autotuned kernel.
+Patches, for this comparison only: a null context in place of `torch.cuda.device`, one
+multiprocessor as the device's property, and one configuration for each autotuned kernel. The empty
+module in place of the CUDA extension is the library's own doing: see `tvg_lib.ssm.kernels`.
 """
 
 import json
@@ -12,16 +12,20 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-sys.modules["selective_scan_cuda"] = ModuleType("selective_scan_cuda")
 torch.cuda.device = lambda *_: nullcontext()  # type: ignore[assignment,misc]
 torch.cuda.get_device_properties = lambda *_: SimpleNamespace(multi_processor_count=1)
 torch.set_num_threads(1)
+
+from tvg_lib.ssm import kernels
+
+assert kernels.chunk_scan().call, kernels.chunk_scan().reason  # before the imports below: see above
+assert kernels.selective_scan().call is None, "this comparison is for builds without CUDA"
 
 from mamba_ssm.modules import mamba_simple
 from mamba_ssm.modules.mamba2 import Mamba2 as TheirMamba2

@@ -2,14 +2,18 @@
 
 Two distributions exist. The full build holds a CUDA extension (`selective_scan_cuda`) for S6; the
 pure-Triton wheel (built with `MAMBA_SKIP_CUDA_BUILD=TRUE`) holds only the SSD kernels and the gated
-norm. `causal-conv1d` is a package of its own. Each piece is looked up by itself, on first use.
+norm; since mamba-ssm imports its extension in any case, an empty module stands in for it meanwhile.
+`causal-conv1d` is a package of its own. Each piece is looked up by itself, on first use.
 """
 
 import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -20,6 +24,8 @@ from tvg_lib.errors import ConfigurationError
 Backend = Literal["auto", "reference", "torch", "mamba_ssm"]
 """How a scan is computed: the readable recurrence, the chunked PyTorch path, or mamba-ssm's kernel.
 `auto` takes the kernel for tensors on a GPU where it is installed, else the PyTorch path."""
+
+_EXTENSION = "selective_scan_cuda"
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,27 @@ class Kernel:
 @cache
 def find(module: str, name: str) -> Kernel:
     """Import `name` from `module` once; a failing import becomes the kernel's `reason`."""
+    lacking = module.startswith("mamba_ssm") and not _has_extension()
+    if lacking:
+        sys.modules[_EXTENSION] = ModuleType(_EXTENSION)
     try:
         return Kernel(name, getattr(importlib.import_module(module), name))
     except Exception as error:  # a broken binary build raises more than ImportError
         return Kernel(name, None, f"{type(error).__name__}: {error}")
+    finally:
+        if lacking:
+            del sys.modules[_EXTENSION]
+
+
+def _has_extension() -> bool:
+    """Whether mamba-ssm's compiled part is there."""
+    return _EXTENSION in sys.modules or importlib.util.find_spec(_EXTENSION) is not None
 
 
 def selective_scan() -> Kernel:
     """S6: `selective_scan_fn` of mamba-ssm (needs the full build with its CUDA extension)."""
+    if not _has_extension():
+        return Kernel("selective_scan_fn", None, f"there is no module {_EXTENSION}")
     return find("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
 
 
