@@ -303,8 +303,8 @@ def draw_framework(levels: int = 4) -> Figure:
     axes.add_patch(Rectangle(band, (moment[1] - moment[0]) * wide, 0.09, color=TRUTH, linewidth=0))
     axes.text(band[0] + 5.2 * wide, -0.13, "moment", fontsize=8, color=TRUTH, va="center")
     _note(axes, 0.0, -0.95, 1.35, "clip features\nof the video")
-    _arrow(axes, (1.35, -0.72), (left + 1.2, -0.05), INK)
-    axes.text(left + 1.3, -0.62, "convolutions (eq. 1)", fontsize=8, color=QUIET, va="center")
+    _arrow(axes, (1.35, -0.72), (left + 0.6, -0.05), INK)
+    axes.text(left + 0.5, -0.5, "convolutions (eq. 1)", fontsize=8, color=QUIET, va="center")
     axes.text(
         0.0, 1.6, "transformer\nblocks, each\nhalves the\nlength (2-4)", fontsize=8, color=QUIET
     )
