@@ -43,11 +43,14 @@ class StaticWords:
         folder = Path(found) if Path(found).is_dir() else Path(snapshot_download(found))
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.no_padding()
-        with safe_open(str(folder / "model.safetensors"), "numpy") as weights:
-            table = weights.get_tensor("embeddings.word_embeddings.weight").astype(np.float32)
-        share = 1 / (np.arange(len(table)) + 2.7) / np.log(1.78 * len(table))
+        with safe_open(str(folder / "model.safetensors"), "numpy") as file:
+            table = file.get_tensor("embeddings.word_embeddings.weight").astype(np.float32)
+        # Word pieces are listed by frequency from "the" on; what stands before are signs.
+        rank = np.maximum(np.arange(len(table)) - tokenizer.token_to_id("the"), 0) + 2.7
+        share = 1 / (rank * np.log(1.78 * len(table)))
         table = table - table.mean(0)
-        return tokenizer, table * (self.strength / (self.strength + share))[:, None]
+        weights = self.strength / (self.strength + share)
+        return tokenizer, (table * weights[:, None]).astype(np.float32)
 
     def encode(self, sentences: Sequence[str]) -> np.ndarray:
         """(N, 384) float32 unit vectors.
