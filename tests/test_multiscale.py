@@ -478,3 +478,23 @@ class TestObjective:
     def test_bad_settings_are_refused(self):
         with pytest.raises(ConfigurationError, match="positive"):
             ContrastConfig(temperature=0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_in_bfloat16():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    batch = a_batch().to("cuda", torch.float32)
+    batch = replace(batch, moments=batch.moments.float())
+    model = small_snag().float().cuda()
+    for config in (SANE, AS_PRINTED):
+        loss = MultiScaleContrast(config)
+        with torch.autocast("cuda", torch.bfloat16):
+            output = model(batch)
+            terms = loss(output, batch)
+        sum(terms.values()).backward()
+        assert all(value.isfinite() for value in terms.values())
+        draw = every_negative(loss, output, batch)
+        slow = looped(output, draw, replace(config, queries="all"))
+        for mine, expected in zip(losses_of(loss, output, batch, draw), slow, strict=True):
+            assert mine.item() == pytest.approx(expected.item(), rel=0.05)

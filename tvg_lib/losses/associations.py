@@ -1,6 +1,7 @@
 """Other ways to choose what is contrasted: the alternatives of MSCL's Tables 4 and 6.
 
-The paper names them in a sentence each. What it leaves open is decided here, and said.
+The paper names them in a sentence each. What it leaves open is decided here, and said. In several
+processes, samples from other videos are those of a process's own share of the batch.
 
 Table 4, where the samples come from; anchors, losses and numbers of samples are MSCL's own:
 
