@@ -145,7 +145,7 @@ class MultiHeadAttention(nn.Module):
         scores = torch.baddbmm(bias.flatten(1)[:, None], q, keys.flatten(1, 2).transpose(1, 2))
         weights = scores.unflatten(-1, heads).softmax(-1)  # (N, T, H, K)
         weights = F.dropout(weights, drop, training=drop > 0)
-        return torch.baddbmm(self.output.bias, weights.flatten(2), values)
+        return torch.bmm(weights.flatten(2), values).add_(self.output.bias)
 
 
 class ConvolutionalProjection(nn.Module):

@@ -17,7 +17,9 @@ SHORT = 256  # steps below which a convolution is not worth transforming
 
 
 def zero_invalid(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` (B, T, C) with zeros where `mask` (B, T) is False."""
+    """`x` (B, T, C) with zeros where `mask` (B, T) is False; `x` itself where it never is."""
+    if mask.device.type == "cpu" and bool(mask.all()):  # elsewhere the answer would have to wait
+        return x
     return torch.where(mask[..., None], x, 0.0)
 
 

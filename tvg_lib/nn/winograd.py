@@ -36,6 +36,9 @@ _FILTER = (
 _OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 
 
+TILES = 256  # at a time: what is between the three products then stays in the cache
+
+
 def winograd_convolution(x: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
     """`F.conv1d(padding=1)` by a weight (O, C, 3), without bias, that reads zeros at invalid steps.
 
@@ -50,42 +53,50 @@ class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, mask, weight)
-        return _convolve(x, mask, weight)
+        return _convolve(x, mask, _filters(weight, _FILTER).mT)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         x, mask, weight = ctx.saved_tensors
         dx = dweight = None
-        if ctx.needs_input_grad[0]:  # the same convolution, taps reversed
-            dx = _convolve(dy, torch.ones_like(mask), weight.flip(2).transpose(0, 1))
+        if ctx.needs_input_grad[0]:  # the same convolution from outputs to inputs, taps reversed
+            reverse = tuple(row[::-1] for row in _FILTER)
+            dx = _convolve(dy, torch.ones_like(mask), _filters(weight, reverse))
             dx.masked_fill_(~mask[..., None], 0.0)
         if ctx.needs_input_grad[2]:
-            dfilters = x.new_zeros(INPUTS, weight.shape[1], weight.shape[0])
+            outputs, channels, taps = weight.shape
+            dfilters = x.new_zeros(INPUTS, outputs, channels)
             for row, valid, drow in zip(x, mask, dy, strict=True):
                 tiles = _tiles(row, valid)
                 drow = F.pad(drow, (0, 0, 0, len(tiles) * OUTPUTS - len(drow)))
-                dproducts = _transform(_OUTPUT, drow.view(len(tiles), OUTPUTS, -1), transpose=True)
-                dfilters.baddbmm_(
-                    _transform(_INPUT, tiles).permute(1, 2, 0), dproducts.transpose(0, 1)
-                )
-            dweight = torch.einsum("jk,jio->oik", x.new_tensor(_FILTER), dfilters)
+                drow = drow.view(len(tiles), OUTPUTS, outputs)
+                for part, dpart in zip(tiles.split(TILES), drow.split(TILES), strict=True):
+                    dproducts = _transform(_OUTPUT, dpart, transpose=True)
+                    dfilters.baddbmm_(
+                        dproducts.permute(1, 2, 0), _transform(_INPUT, part).transpose(0, 1)
+                    )
+            dweight = x.new_tensor(_FILTER).t() @ dfilters.flatten(1)
+            dweight = dweight.view(taps, outputs, channels).permute(1, 2, 0).contiguous()
         return dx, None, dweight
 
 
-def _convolve(x: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-    """The convolution, one sequence at a time: what is between its steps stays in the cache."""
-    filters = torch.einsum("jk,oik->jio", x.new_tensor(_FILTER), weight)  # (6, C, O)
-    y = x.new_empty(len(x), x.shape[1], weight.shape[0])
-    whole = x.shape[1] // OUTPUTS  # tiles that fit; the last may stick out
+def _filters(weight: Tensor, matrix: tuple) -> Tensor:
+    """The six matrices (6, O, C) of a weight (O, C, 3)."""
+    outputs, channels, taps = weight.shape
+    return (weight.new_tensor(matrix) @ weight.view(-1, taps).t()).view(-1, outputs, channels)
+
+
+def _convolve(x: Tensor, mask: Tensor, filters: Tensor) -> Tensor:
+    """The convolution by filters (6, C, O)."""
+    y = x.new_empty(*x.shape[:2], filters.shape[2])
     for row, valid, out in zip(x, mask, y, strict=True):
-        products = _transform(_INPUT, _tiles(row, valid)).transpose(0, 1) @ filters
-        products = products.transpose(0, 1)  # (tiles, 6, O)
-        fitting = out[: whole * OUTPUTS].view(whole, OUTPUTS, out.shape[1])
-        _transform(_OUTPUT, products[:whole], out=fitting)
-        rest = out[whole * OUTPUTS :]
-        if len(rest):
-            rest.copy_(_transform(_OUTPUT, products[whole:])[0, : len(rest)])
+        done = 0
+        for tiles in _tiles(row, valid).split(TILES):
+            products = torch.bmm(_transform(_INPUT, tiles).transpose(0, 1), filters)
+            steps = _transform(_OUTPUT, products.transpose(0, 1)).flatten(0, 1)
+            out[done : done + len(steps)] = steps[: len(out) - done]  # the last tile may stick out
+            done += len(steps)
     return y
 
 
@@ -100,10 +111,8 @@ def _tiles(row: Tensor, valid: Tensor) -> Tensor:
     return padded.unfold(0, INPUTS, OUTPUTS).transpose(1, 2)
 
 
-def _transform(
-    matrix: tuple, tiles: Tensor, transpose: bool = False, out: Tensor | None = None
-) -> Tensor:
+def _transform(matrix: tuple, tiles: Tensor, transpose: bool = False) -> Tensor:
     """A small constant matrix from the left on every tile (tiles, n, C)."""
     factor = tiles.new_tensor(matrix)
-    factor = (factor.t() if transpose else factor).expand(len(tiles), -1, -1)
-    return torch.bmm(factor, tiles, out=out)
+    factor = factor.t() if transpose else factor
+    return torch.bmm(factor.expand(len(tiles), -1, -1), tiles)
