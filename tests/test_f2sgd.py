@@ -326,7 +326,8 @@ class TestRivals:
             relevance = x.relevance[0, i : j + 1].mean()
             h = inner[i : j + 1].mean(0) + start[i] + end[j]
             h = F.relu(h + detector.relevance(relevance[None]))
-            assert torch.isclose(out.logits[0, i, j], detector.score(h)[0] + relevance)
+            evidence = detector.gain * x.relevance[0, i : j + 1].sum()
+            assert torch.isclose(out.logits[0, i, j], detector.score(h)[0] + evidence)
 
     def test_matching_is_the_cheapest_of_all(self):
         from itertools import permutations

@@ -47,6 +47,7 @@ class Enumeration(nn.Module):
             SquareConvolution(channels, channels, kernel) for _ in range(2)
         )
         self.score = nn.Linear(channels, 1)
+        self.gain = nn.Parameter(torch.tensor(0.3))
 
     def forward(self, alignment: Alignment) -> CellScores:
         """Scores of all T x T cells."""
@@ -60,7 +61,10 @@ class Enumeration(nn.Module):
         cells = mask[:, :, None] & mask[:, None] & (index[:, None] <= index)
         for convolution in self.convolutions:
             x = x + F.relu(convolution(x, cells[:, None]))
-        logits = self.score(x.movedim(1, -1)).squeeze(-1) + relevance.squeeze(-1)
+        # The same start as F2SGD's: the sum of the frames' logits.
+        lengths = (index - index[:, None] + 1).clamp(min=1)
+        evidence = self.gain * relevance.squeeze(-1) * lengths
+        logits = self.score(x.movedim(1, -1)).squeeze(-1) + evidence
         return CellScores(logits, cells, alignment.relevance)
 
 
