@@ -27,6 +27,8 @@ from tvg_lib.models.mamfusion import (
     MamFusion,
     MamFusionConfig,
     gaussian_damping,
+    gmmformer_like,
+    ms_sl_like,
 )
 from tvg_lib.oracle import main, run
 from tvg_lib.retrieval.data import RetrievalBatch
@@ -178,7 +180,8 @@ CONFIGS = [
     SMALL,
     replace(SMALL, bidirectional=True),
     replace(SMALL, given_space=True, smoothing=3),
-    replace(SMALL, mamba="none", fusion="none"),
+    gmmformer_like(SMALL),
+    replace(ms_sl_like(replace(SMALL, given_space=True)), windows=(1, 2, 4)),
 ]
 
 
@@ -276,6 +279,16 @@ def test_one_direction_leaves_the_other_side_alone(fusion):
     assert torch.equal(segments, hidden) == (fusion == "text-to-video")
 
 
+def test_stretches_of_many_lengths():
+    config = replace(ms_sl_like(SMALL), windows=(1, 2, 4))
+    model, batch = randomised(config), make_batch()
+    single = randomised(replace(config, windows=(1,)))
+    ours = model.encode_video(batch.segments, batch.frames, batch.frame_mask).segments
+    parts = single.encode_video(batch.segments, batch.frames, batch.frame_mask).segments
+    every = [parts[:, i : i + w].mean(1) for w in (1, 2, 4) for i in range(6 - w + 1)]
+    assert torch.allclose(ours, torch.stack(every, 1))
+
+
 def test_candidates_are_the_right_video_and_the_best_others():
     model, batch = randomised(SMALL), make_batch()
     output = model(batch)
@@ -352,8 +365,8 @@ def test_senseless_configurations_are_refused():
     for change in ({"mamba": "all"}, {"fusion": "x"}, {"smoothing": 2}, {"fused_weight": 2.0}):
         with pytest.raises(ConfigurationError, match=next(iter(change))):
             replace(SMALL, **change)
-    with pytest.raises(ConfigurationError, match="given space"):
-        MamFusion(replace(SMALL, given_space=True, fusion_over="batch"))
+    with pytest.raises(ConfigurationError, match="single segments"):
+        replace(SMALL, windows=(1, 2))
     model = randomised(replace(SMALL, fusion="none"))
     batch = make_batch()
     queries = model.encode_text(batch.text, batch.text_mask, None)
@@ -446,7 +459,14 @@ def test_objective_turns_to_hard_negatives_at_its_epoch():
         }
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, replace(SMALL, fusion_over="batch")])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *CONFIGS,
+        replace(SMALL, fusion_over="batch"),
+        replace(SMALL, fusion_over="batch", given_space=True),
+    ],
+)
 def test_every_parameter_learns(config):
     model, batch = randomised(config).train(), make_batch()
     objective = RetrievalObjective(temperature=0.1 if config.given_space else None, hard_from=0)

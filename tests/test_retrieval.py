@@ -24,7 +24,12 @@ from tvg_lib.retrieval.evaluation import (
     report_of_scores,
     score_matrix,
 )
-from tvg_lib.retrieval.experiments import RetrievalRecipe, evaluate_retriever, train_retriever
+from tvg_lib.retrieval.experiments import (
+    RetrievalRecipe,
+    evaluate_retriever,
+    recorded_model,
+    train_retriever,
+)
 from tvg_lib.retrieval.layout import FrameStore, read_captions, read_collection
 from tvg_lib.training import TrainingConfig
 
@@ -349,7 +354,13 @@ def test_an_experiment_is_trained_once_and_recorded(library, tmp_path, monkeypat
     assert again.training.loaded
     other = train_retriever(replace(architecture, mamba="none"), recipe, kept, held, scale="smoke")
     assert not other.training.loaded
+    monkeypatch.setattr(paths, "root", lambda: tmp_path)
     test = evaluate_retriever(again, library, variant="no fusion", rerank=0)
+    model, view = recorded_model(test.record)
+    assert view == VIEW
+    np.testing.assert_array_equal(score_matrix(model, library, view), test.scores)
+    with pytest.raises(DataError, match="names no run"):
+        recorded_model(replace(test.record, artifacts=()))
     expected = report_of_scores(score_matrix(trained.model, library, VIEW, 0), library)
     assert test.report.values["SumR"] == pytest.approx(expected.values["SumR"])
     (path,) = (tmp_path / "smoke" / "records").glob("*.json")

@@ -68,6 +68,9 @@ class MamFusionConfig:
         widths: of the Gaussians of a block, beside one attention without; empty for plain attention
             only.
         blocks: Gaussian-mixture blocks (each with its residual Mamba) of a branch.
+        windows: lengths of the stretches of neighbouring segments that a query is compared with, as
+            MS-SL does with every length; (1,) compares single segments. Those that are longer than
+            the video are passed over.
         mamba: branches that have residual Mamba modules ("multi-Mamba").
         bidirectional: a second Mamba reads each sequence backwards; the two are added.
         d_state, d_conv, expand: of Mamba.
@@ -96,6 +99,7 @@ class MamFusionConfig:
     max_frames: int = 512
     widths: tuple[float, ...] = (0.5, 1.0, 5.0)
     blocks: int = 2
+    windows: tuple[int, ...] = (1,)
     mamba: Branches = "both"
     bidirectional: bool = False
     d_state: int = 16
@@ -126,6 +130,17 @@ class MamFusionConfig:
                     f"MamFusionConfig.{name}: expected one of {choices}, "
                     f"found {getattr(self, name)!r}"
                 )
+        object.__setattr__(self, "widths", tuple(self.widths))
+        object.__setattr__(self, "windows", tuple(self.windows))
+        if not self.windows or min(self.windows) < 1:
+            raise ConfigurationError(
+                f"MamFusionConfig.windows: expected positive lengths, found {self.windows}"
+            )
+        if self.reranks and self.windows != (1,):
+            raise ConfigurationError(
+                f"MamFusionConfig.windows: fusion over time reads single segments, found "
+                f"{self.windows}"
+            )
         if self.smoothing < 1 or self.smoothing % 2 == 0:
             raise ConfigurationError(
                 f"MamFusionConfig.smoothing: expected an odd number, found {self.smoothing}"
@@ -385,9 +400,10 @@ class FusionOverBatch(nn.Module):
 
     def __init__(self, config: MamFusionConfig) -> None:
         super().__init__()
+        width = config.video_dim if config.given_space else config.channels
         self.directions = nn.ModuleDict(
             {
-                name: Interaction(config.channels, config.heads, 0.0, residual=False)
+                name: Interaction(width, config.heads, 0.0, residual=False)
                 for name in config.directions
             }
         )
@@ -424,7 +440,8 @@ class EncodedVideos:
 
     Attributes:
         hidden: (B, L, C) segments after the clip branch, for fusion.
-        segments: (B, L, D) what queries are compared with; not of length 1.
+        segments: (B, L, D) what queries are compared with; not of length 1. With several `windows`
+            there are more than L of them.
         vector: (B, D) the frame branch's one vector of each video.
     """
 
@@ -469,10 +486,6 @@ class MamFusion(nn.Module):
 
     def __init__(self, config: MamFusionConfig) -> None:
         super().__init__()
-        if config.given_space and config.fusion_over == "batch" and config.fusion != "none":
-            raise ConfigurationError(
-                "fusion over the batch is the released variant; it knows no given space"
-            )
         self.config = config
         channels = config.channels
         self.query_input = InputProjection(
@@ -548,9 +561,11 @@ class MamFusion(nn.Module):
             given = F.normalize(neighbour_mean(segments, self.config.smoothing), dim=-1)
             units = F.normalize(frames, dim=-1).sum(1) / frame_mask.sum(1, keepdim=True)
             mean = F.normalize(units, dim=-1)
-        return EncodedVideos(
-            hidden, self._placed("clip", given, hidden), self._placed("frame", mean, pooled)
-        )
+        segments = self._placed("clip", given, hidden)
+        lengths = [width for width in self.config.windows if width <= segments.shape[1]]
+        stretches = [windowed_mean(segments, width) for width in lengths]
+        vector = self._placed("frame", mean, pooled)
+        return EncodedVideos(hidden, torch.cat(stretches, dim=1), vector)
 
     def combined(self, clip_scores: Tensor, frame_scores: Tensor) -> Tensor:
         """The first score, from its two parts."""
@@ -641,11 +656,32 @@ def best_segment(queries: Tensor, segments: Tensor) -> Tensor:
     return (queries @ segments.flatten(0, 1).T).unflatten(1, segments.shape[:2]).amax(-1)
 
 
+def windowed_mean(x: Tensor, width: int) -> Tensor:
+    """(B, L - width + 1, C) means over every stretch of `width` steps of (B, L, C)."""
+    return x if width == 1 else F.avg_pool1d(x.transpose(1, 2), width, stride=1).transpose(1, 2)
+
+
 def neighbour_mean(x: Tensor, width: int) -> Tensor:
     """(B, L, C) mean over `width` neighbours (an odd number); fewer at the two ends."""
     return F.avg_pool1d(
         x.transpose(1, 2), width, stride=1, padding=width // 2, count_include_pad=False
     ).transpose(1, 2)
+
+
+def gmmformer_like(config: MamFusionConfig) -> MamFusionConfig:
+    """GMMFormer in the same frame: neither Mamba nor fusion."""
+    return replace(config, mamba="none", fusion="none")
+
+
+def ms_sl_like(config: MamFusionConfig) -> MamFusionConfig:
+    """MS-SL in the same frame: one plain attention layer a branch, stretches of many lengths.
+
+    Unlike MS-SL, lengths are powers of two instead of all, and the frame branch is pooled alike for
+    every query instead of by the best stretch.
+    """
+    return replace(
+        gmmformer_like(config), widths=(), blocks=1, windows=(1, 2, 4, 8, 16, 32), smoothing=1
+    )
 
 
 # The released hyper-parameters, with fusion as the paper describes it. The released model itself is

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,14 +12,16 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from tvg_lib import paths
+from tvg_lib.checkpoints import read_state
 from tvg_lib.data.dataset import GroundingDataset
+from tvg_lib.errors import DataError
 from tvg_lib.losses.retrieval import RetrievalObjective
 from tvg_lib.metrics import RetrievalReport
 from tvg_lib.models.mamfusion import MamFusion, MamFusionConfig
 from tvg_lib.results import RunRecord, new_record, records_folder, save
 from tvg_lib.retrieval.data import RetrievalPlan, RetrievalView
 from tvg_lib.retrieval.evaluation import report_of_scores, score_matrix
-from tvg_lib.training import TrainingConfig, TrainingResult, run_key, train
+from tvg_lib.training import WEIGHTS, TrainingConfig, TrainingResult, run_key, train
 
 MODULES = (
     "tvg_lib.losses.retrieval",
@@ -165,7 +168,27 @@ def evaluate_retriever(
         parameters=trained.parameters | {"rerank": rerank},
         modules=MODULES,
         seconds=trained.training.seconds + time.perf_counter() - started,
+        artifacts=[trained.training.run_dir],
     )
+
+
+def recorded_model(record: RunRecord) -> tuple[MamFusion, RetrievalView]:
+    """The model of a record that this machine made, in evaluation mode, and its view.
+
+    Raises:
+        DataError: the record names no run, or its weights are not on this machine.
+    """
+    if not record.artifacts:
+        raise DataError(f"{record.file_name} names no run with weights")
+    path = paths.root() / record.artifacts[0] / WEIGHTS
+    tensors, _ = read_state(path)
+    try:
+        model = MamFusion(MamFusionConfig(**record.parameters["architecture"]))
+        model.load_state_dict(tensors)
+        view = RetrievalView(**record.parameters["recipe"]["view"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise DataError(f"{record.file_name} does not describe {path}: {error}") from error
+    return model.eval(), view
 
 
 def evaluate_rule(
@@ -204,6 +227,7 @@ def _recorded(
     parameters: Any,
     modules: Sequence[ModuleType | str],
     seconds: float,
+    artifacts: Sequence[Path] = (),
 ) -> RetrievalTest:
     report = report_of_scores(scores, test_set)
     record = new_record(
@@ -217,6 +241,7 @@ def _recorded(
         modules=modules,
         variant=variant,
         data_hash=test_set.fingerprint,
+        artifacts=artifacts,
     )
     save(record, records_folder(scale, fresh=True))
     return RetrievalTest(scores, report, record)
