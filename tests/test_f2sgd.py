@@ -462,3 +462,21 @@ def test_data_without_sentence_vectors_give_batches_without():
     data = make_dataset({"v": 6}, [("v", [[1.0, 3.0]])])
     plan = BatchPlan(data, 1, 1)
     assert plan.load(plan.epoch(0)[0]).sentence is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_in_bfloat16():
+    """One step in autocast: the transforms stay in float32, the answers those of the CPU."""
+    data = planted.planted("test")
+    plan = BatchPlan(data.subset(sorted(data.videos)[:4], "four"), 4, 1)
+    batch = plan.load(plan.epoch(0)[0])
+    torch.manual_seed(0)
+    model = AlignedGrounder(A2FA(A2FAConfig(data.video_features.dim)), F2SGD(SMALL))
+    expected = model.eval()(batch).ranked(1)[0]
+    model, there = model.cuda(), batch.to("cuda")
+    assert torch.equal(model(there).ranked(1)[0].cpu(), expected)
+    with torch.autocast("cuda", torch.bfloat16):
+        output = model.train()(there)
+    CellObjective()(output, there)["total"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
