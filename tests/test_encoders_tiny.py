@@ -32,7 +32,7 @@ from tvg_lib.training import TrainingConfig, train
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
 MOTIONS = ("rises", "falls", "grows", "shrinks")
 WORDS = ("the", *COLOURS, "square", *MOTIONS)
-CONFIG = TinyConfig(frames=4, size=32, channels=(8, 16, 32), layers=1, text_layers=1, dim=16)
+CONFIG = TinyConfig(frames=4, size=32, channels=(8, 16, 32), width=16, text_layers=1, dim=16)
 
 
 def draw(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[str], None]:
@@ -120,7 +120,7 @@ def test_what_an_encoder_cannot_read_is_refused(
     for words in (["Red"], ["red", "red"], ["two words"], []):
         with pytest.raises(ConfigurationError, match="vocabulary"):
             TinyDualEncoder(CONFIG, words)
-    for wrong in ({"size": 60}, {"frames": 0}, {"window": 0}, {"heads": 3}):
+    for wrong in ({"size": 60}, {"frames": 0}, {"window": 0}, {"heads": 5}):
         with pytest.raises(ConfigurationError):
             TinyConfig(**wrong)
 
@@ -184,13 +184,26 @@ def test_the_temperature_is_learnt_within_bounds() -> None:
 
 def test_batches_are_checked() -> None:
     one = np.zeros((1, 1, 1, 1, 3), np.uint8)
+    with pytest.raises(DataError, match="one sentence a window"):
+        pair_batch(np.repeat(one, 2, axis=0), ["a", "b", "c"])
     for sentences, matches in (
-        (["a", "b"], None),
+        ([], None),
         (["a"], np.array([[False]])),
         (["a"], np.ones((2, 2), bool)),
     ):
         with pytest.raises(DataError, match="one sentence a window"):
             pair_batch(one, sentences, matches)
+
+
+def test_a_window_may_come_with_several_sentences() -> None:
+    two = np.zeros((2, 1, 1, 1, 3), np.uint8)
+    batch = pair_batch(two, ["red", "it jumps", "blue", "it jumps"])
+    assert batch.matches.tolist() == [[True, True, False, True], [False, True, True, True]]
+    vectors = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    terms = ContrastiveObjective()(PairEmbeddings(vectors[:2], vectors), batch)
+    logits = vectors[:2] @ vectors.T / 0.07
+    torch.testing.assert_close(terms["video_to_text"], info_nce(logits, batch.matches).mean())
+    torch.testing.assert_close(terms["text_to_video"], info_nce(logits.T, batch.matches.T).mean())
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -264,7 +277,7 @@ def test_a_changed_weight_changes_the_name(model: TinyDualEncoder, tmp_path: Pat
     model.save(tmp_path / "tiny.safetensors")
     other = TinyDualEncoder.load(tmp_path / "tiny.safetensors")
     with torch.no_grad():
-        other.video.stem.bias[0] += 1e-3
+        other.video.cones.bias[0] += 1e-3
     assert other.video.name != model.video.name
     assert other.text.name == model.text.name
 

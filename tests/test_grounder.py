@@ -28,7 +28,7 @@ from tvg_lib.moments import TimeGrid
 from tvg_lib.nn.points import PointGrid
 
 WORDS = ("a", "red", "blue", "light", "turns", "on", "off")
-TINY = TinyConfig(frames=2, size=16, channels=(4, 8, 16), layers=1, text_layers=1, dim=16)
+TINY = TinyConfig(frames=2, size=16, channels=(4, 8, 16), width=16, text_layers=1, dim=16)
 SMALL = {
     "video_dim": 16, "text_dim": 16, "channels": 16, "levels": 3, "window": 5, "max_clips": 32,
     "text_channels": 16, "text_layers": 1, "max_words": 8,

@@ -1,12 +1,15 @@
 """A tiny dual encoder: windows of frames and sentences in one space, CLIP's recipe at toy size.
 
-    frames (N, F, H, W, 3) ─▶ stem, temporal difference ─▶ conv ─▶ space-time conv ─▶ tokens ─┐
-                                                                        transformer ─▶ unit vector
-    words  (N, K)          ─▶ embedding, positions ─────────────────────────────────▶ tokens ─┘
+    frames (N, F, H, W, 3) ─▶ less the mean of each row ─▶ cones: K maps of colour, F frames deep
+                                 │                              └▶ convolutions, shared by the cones
+                                 └▶ the rows themselves                └▶ strongest place ─▶ (N, D)
+    words  (N, K) ─▶ embedding, positions ─▶ transformer ─▶ mean over words ─▶ (N, D)
 
-What a frame shows is not what happens: "grows" and "shrinks" share every single frame. The stem
-therefore also sees how each frame differs from the one before, and the convolution after it spans
-three frames.
+Minutes of training on a laptop must suffice, so the architecture brings what they cannot teach. The
+first layer is a retina: every *cone* answers to one hue, and what it sees is looked at by the same
+convolutions as what the others see, with the frames of the window as channels. So whatever is
+learnt of a shape or a motion is learnt for every colour at once, and stays joined to its colour.
+The hues are trained too, from where the configuration starts them.
 
 Training is CLIP's symmetric InfoNCE (Radford et al. 2021, figure 3), with one change. A generated
 world says the same thing twice within a batch, or in other words; such pairs are no negatives.
@@ -38,7 +41,7 @@ from tvg_lib.distributed import reduce_sum
 from tvg_lib.encoders.protocols import weights_name
 from tvg_lib.errors import ConfigurationError, DataError
 
-FORMAT = "tvg-companion/tiny-dual-encoder/1"
+FORMAT = "tvg-companion/tiny-dual-encoder/2"
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 
 
@@ -50,38 +53,50 @@ class TinyConfig:
         frames: frames of a window, evenly spaced, each in the middle of its share of the window.
         size: height and width of a frame, a multiple of 16.
         window, stride: length of a window and distance between the starts of neighbours, seconds.
-        channels: after the stem, the second and the third convolution; the last is the width of the
-            transformers too.
-        layers, text_layers: of the two transformers.
-        heads: of their attention.
+        cones: RGB, in [0, 1], of the hue that each cone answers to before training.
+        channels: after each of the three convolutions.
+        scene: width of what is known of the background.
+        width, text_layers, heads: of the transformer that reads sentences.
         dim: of the common space.
         max_words: longest sentence.
     """
 
-    frames: int = 8
+    frames: int = 4
     size: int = 64
     window: float = 2.0
     stride: float = 1.0
-    channels: tuple[int, int, int] = (16, 48, 128)
-    layers: int = 2
-    text_layers: int = 2
+    cones: tuple[tuple[float, float, float], ...] = (
+        (1.0, 0.0, 0.0),
+        (1.0, 1.0, 0.0),
+        (0.0, 1.0, 0.0),
+        (0.0, 1.0, 1.0),
+        (0.0, 0.0, 1.0),
+        (1.0, 0.0, 1.0),
+    )
+    channels: tuple[int, int, int] = (16, 32, 64)
+    scene: int = 64
+    width: int = 96
+    text_layers: int = 1
     heads: int = 4
     dim: int = 128
     max_words: int = 40
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
+        object.__setattr__(self, "cones", tuple(tuple(map(float, rgb)) for rgb in self.cones))
         if self.size % 16 or self.size < 16:
             raise ConfigurationError(f"TinyConfig.size: a multiple of 16, found {self.size}")
         if self.frames < 1 or self.max_words < 1:
             raise ConfigurationError("TinyConfig: a window has frames and a sentence has words")
         if not (self.window > 0 and self.stride > 0):
             raise ConfigurationError("TinyConfig: window and stride are positive, in seconds")
-        if len(self.channels) != 3 or self.channels[-1] % self.heads:
+        if len(self.channels) != 3 or self.width % self.heads:
             raise ConfigurationError(
-                f"TinyConfig: three widths, the last shared by {self.heads} heads, found "
-                f"{self.channels}"
+                f"TinyConfig: three channels, and a width shared by {self.heads} heads, found "
+                f"{self.channels} and {self.width}"
             )
+        if not self.cones or any(len(rgb) != 3 or len(set(rgb)) == 1 for rgb in self.cones):
+            raise ConfigurationError(f"TinyConfig.cones: RGB that is not grey, found {self.cones}")
 
 
 def split_words(sentence: str) -> list[str]:
@@ -89,45 +104,36 @@ def split_words(sentence: str) -> list[str]:
     return _WORD.findall(sentence.lower())
 
 
-def _transformer(config: TinyConfig, layers: int) -> nn.TransformerEncoder:
-    width = config.channels[-1]
-    layer = nn.TransformerEncoderLayer(
-        width,
-        config.heads,
-        4 * width,
-        dropout=0.0,
-        activation="gelu",
-        batch_first=True,
-        norm_first=True,
-    )
-    return nn.TransformerEncoder(
-        layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
-    )
-
-
-def _start(*shape: int) -> nn.Parameter:
-    return nn.Parameter(0.02 * torch.randn(*shape))
-
-
 class TinyFrames(nn.Module):
     """The window encoder; a `tvg_lib.encoders.protocols.VideoEncoder`."""
 
-    BATCH = 64  # windows at a time in `encode`: some 100 MB of activations
+    BATCH = 64  # windows at a time in `encode`
     resize = "fit"
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
         self.config = config
         first, second, third = config.channels
-        self.stem = nn.Conv2d(3, first, kernel_size=6, stride=4, padding=1)
-        self.second = nn.Conv2d(2 * first, second, kernel_size=3, stride=2, padding=1)
-        self.third = nn.Conv3d(second, third, kernel_size=3, stride=2, padding=1)
-        tokens = math.ceil(config.frames / 2) * (config.size // 16) ** 2
-        self.place = _start(tokens, third)
-        self.summary = _start(third)
-        self.norm = nn.LayerNorm(third)
-        self.transformer = _transformer(config, config.layers)
-        self.output = nn.Linear(third, config.dim, bias=False)
+        self.cones = nn.Linear(3, len(config.cones))
+        hue = torch.tensor(config.cones)
+        with torch.no_grad():
+            self.cones.weight.copy_(F.normalize(hue - hue.mean(1, keepdim=True), dim=1))
+            self.cones.bias.fill_(-0.25)  # grey noise wakes no cone
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(2 * config.frames, first, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(first),
+            nn.ReLU(),
+            nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(second),
+            nn.ReLU(),
+            nn.Conv2d(second, third, 3, padding=1, bias=False),
+            nn.BatchNorm2d(third),
+            nn.ReLU(),
+            nn.Conv2d(third, 2 * third, 1),
+        )
+        self.scene = nn.Linear(config.size * 3, config.scene)
+        self.output = nn.Linear(len(config.cones) * 2 * third + config.scene, config.dim)
+        self.spread = nn.BatchNorm1d(config.dim, affine=False)
 
     @property
     def name(self) -> str:
@@ -161,17 +167,19 @@ class TinyFrames(nn.Module):
 
     def forward(self, windows: Tensor) -> Tensor:
         """Args: windows (N, F, H, W, 3) uint8. Returns (N, D) of length 1."""
-        count, frames = windows.shape[:2]
-        pixels = windows.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory: no copy
-        x = self.stem(pixels.to(self.stem.weight.dtype) / 127.5 - 1)
-        x = x.unflatten(0, (count, frames))
-        change = F.pad(x[:, 1:] - x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
-        x = torch.cat([x, change], dim=2).flatten(0, 1)
-        x = F.gelu(self.second(F.gelu(x.contiguous(memory_format=torch.channels_last))))
-        x = self.third(x.unflatten(0, (count, frames)).transpose(1, 2))
-        x = self.norm(x.flatten(2).transpose(1, 2)) + self.place
-        x = torch.cat([self.summary.expand(count, 1, -1), x], dim=1)
-        return F.normalize(self.output(self.transformer(x)[:, 0]).float(), dim=-1)
+        N, frames, size = windows.shape[:3]
+        half = size // 2
+        pixels = windows.reshape(N * frames, half, 2, half, 6).to(self.cones.weight.dtype).sum(2)
+        pixels = (pixels[..., :3] + pixels[..., 3:]).unflatten(0, (N, frames)) / 510 - 1
+        rows = pixels.mean((1, 3), keepdim=True)  # (N, 1, H / 2, 1, 3): sky and ground
+        figures = pixels - rows
+        scene = torch.cat([rows.flatten(1), figures.abs().mean((1, 3)).flatten(1)], dim=1)
+        maps = F.relu(self.cones(figures)).permute(0, 4, 1, 2, 3)  # (N, K, F, H / 2, W / 2)
+        others = maps.sum(1, keepdim=True) - maps
+        seen = self.convolutions(torch.cat([maps, others], dim=2).flatten(0, 1))
+        seen = F.relu(seen.amax((2, 3))).reshape(N, -1)
+        known = torch.cat([seen, F.relu(self.scene(scene))], dim=1)
+        return F.normalize(self.spread(self.output(known)).float(), dim=-1)
 
     @torch.inference_mode()
     def encode(self, windows: np.ndarray) -> np.ndarray:
@@ -186,7 +194,7 @@ class TinyFrames(nn.Module):
                 f"expected uint8 windows (N, {', '.join(map(str, expected))}), found "
                 f"{windows.dtype} {windows.shape}"
             )
-        device = self.place.device
+        device = self.cones.weight.device
         rows = [np.empty((0, self.dim), np.float32)]
         for start in range(0, len(windows), self.BATCH):
             part = torch.from_numpy(np.ascontiguousarray(windows[start : start + self.BATCH]))
@@ -214,13 +222,22 @@ class TinyWords(nn.Module):
         self.config = config
         self.vocabulary = tuple(vocabulary)
         self._number = {word: number for number, word in enumerate(vocabulary)}
-        width = config.channels[-1]
-        self.embedding = nn.Embedding(len(vocabulary), width)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        self.place = _start(config.max_words, width)
-        self.summary = _start(width)
-        self.transformer = _transformer(config, config.text_layers)
-        self.output = nn.Linear(width, config.dim, bias=False)
+        self.embedding = nn.Embedding(len(vocabulary), config.width)
+        self.place = nn.Parameter(0.3 * torch.randn(config.max_words, config.width))
+        layer = nn.TransformerEncoderLayer(
+            config.width,
+            config.heads,
+            4 * config.width,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.transformer = nn.TransformerEncoder(
+            layer, config.text_layers, enable_nested_tensor=False
+        )
+        self.output = nn.Linear(config.width, config.dim, bias=False)
+        self.spread = nn.BatchNorm1d(config.dim, affine=False)
 
     @property
     def name(self) -> str:
@@ -265,10 +282,10 @@ class TinyWords(nn.Module):
             index[row, : len(known)] = torch.tensor(known)
         mask, index = mask.to(device), index.to(device)
         x = self.embedding(index) + self.place[:longest]
-        x = torch.cat([self.summary.expand(len(x), 1, -1), x], dim=1)
-        x = self.transformer(x, src_key_padding_mask=F.pad(~mask, (1, 0)))
-        x = self.output(x).float()
-        return F.normalize(x[:, 0], dim=-1), x[:, 1:].masked_fill(~mask[..., None], 0.0), mask
+        x = self.output(self.transformer(x, src_key_padding_mask=~mask)).float()
+        words = x.masked_fill(~mask[..., None], 0.0)
+        mean = words.sum(1) / mask.sum(1, keepdim=True)
+        return F.normalize(self.spread(mean), dim=-1), words, mask
 
     @torch.inference_mode()
     def encode(self, sentences: Sequence[str]) -> np.ndarray:
@@ -302,8 +319,8 @@ class PairBatch:
 
     Attributes:
         windows: (N, F, H, W, 3) uint8.
-        sentences: N.
-        matches: (N, N) boolean, [i, j] True where sentence j is true of window i.
+        sentences: N S, those drawn with the first window first.
+        matches: (N, N S) boolean, [i, j] True where sentence j is true of window i.
     """
 
     windows: Tensor
@@ -313,7 +330,7 @@ class PairBatch:
     @property
     def video_ids(self) -> tuple[str, ...]:
         """What a message can say of the windows."""
-        return tuple(f"window {i}" for i in range(len(self.sentences)))
+        return tuple(f"window {i}" for i in range(len(self.windows)))
 
     @property
     def query_ids(self) -> tuple[str, ...]:
@@ -445,9 +462,10 @@ class ContrastiveObjective(nn.Module):
         """Returns "total" and its two halves."""
         scale = self.log_scale.clamp(max=self.highest).exp()
         logits = scale * output.video @ output.text.T
-        count = reduce_sum(logits.new_tensor(len(logits)))
-        to_text = info_nce(logits, batch.matches).sum() / count
-        to_video = info_nce(logits.T, batch.matches.T).sum() / count
+        to_text, to_video = (
+            info_nce(scores, true).sum() / reduce_sum(scores.new_tensor(len(scores)))
+            for scores, true in ((logits, batch.matches), (logits.T, batch.matches.T))
+        )
         return {
             "total": (to_text + to_video) / 2,
             "video_to_text": to_text,
@@ -455,8 +473,8 @@ class ContrastiveObjective(nn.Module):
         }
 
 
-# Draws N windows (N, F, H, W, 3) uint8 with a sentence each and, third, the (N, N) matches or None
-# where equal sentences are the only ones true of a window that was not drawn with them.
+# Draws N windows (N, F, H, W, 3) uint8 with S sentences each, those of the first window first, and
+# the (N, N S) matches or None where equal sentences are the only ones true of another window.
 Draw = Callable[[np.random.Generator, int], tuple[np.ndarray, Sequence[str], np.ndarray | None]]
 
 
@@ -466,16 +484,24 @@ def pair_batch(
     """A batch of arrays; without `matches`, those whose sentences have equal words match.
 
     Raises:
-        DataError: the numbers differ, or a window does not match its own sentence.
+        DataError: the numbers differ, or a window does not match its own sentences.
     """
-    count = len(sentences)
+    N, each = len(windows), len(sentences) // max(1, len(windows))
+    own = np.arange(len(sentences)) // max(1, each)
     if matches is None:
         words = [tuple(split_words(sentence)) for sentence in sentences]
-        matches = np.array([[a == b for b in words] for a in words], bool).reshape(count, count)
-    if len(windows) != count or matches.shape != (count, count) or not matches.diagonal().all():
+        equal = np.array([[a == b for b in words] for a in words], bool)
+        equal = equal.reshape(len(words), len(words))
+        matches = np.array([equal[own == i].any(0) for i in range(N)], bool)
+    if (
+        len(sentences) != N * each
+        or (N > 0 and each < 1)
+        or matches.shape != (N, N * each)
+        or not matches[own, np.arange(len(own))].all()
+    ):
         raise DataError(
-            f"{len(windows)} windows, {count} sentences and matches {matches.shape}: expected one "
-            "sentence a window, true of it"
+            f"{N} windows, {len(sentences)} sentences and matches {matches.shape}: expected one "
+            "sentence a window, or as many for each, true of it"
         )
     return PairBatch(
         torch.from_numpy(np.ascontiguousarray(windows)),
@@ -526,10 +552,12 @@ class PairPlan:
         rng = np.random.default_rng([self.seed, spec.epoch, spec.number])
         windows, sentences, matches = self.draw(rng, self.batch_size)
         keep = list(spec.samples)
+        each = len(sentences) // len(windows)
+        said = [i * each + k for i in keep for k in range(each)]
         return pair_batch(
             windows[keep],
-            [sentences[i] for i in keep],
-            None if matches is None else matches[np.ix_(keep, keep)],
+            [sentences[j] for j in said],
+            None if matches is None else matches[np.ix_(keep, said)],
         )
 
 

@@ -25,7 +25,7 @@ from tvg_lib.encoders.tiny import (
 from tvg_lib.shapestories import generator, language, pairs, render, world
 from tvg_lib.shapestories.language import vocabulary
 from tvg_lib.shapestories.pairs import PairSource
-from tvg_lib.shapestories.render import RenderConfig
+from tvg_lib.shapestories.render import PALETTE, RenderConfig
 from tvg_lib.training import TrainingConfig, TrainingResult, run_key, train
 
 WEIGHTS = Path(__file__).with_name("tiny_dual_encoder.safetensors")
@@ -36,26 +36,25 @@ class EncoderRecipe:
     """How the shipped weights were made.
 
     Attributes:
-        model: architecture; windows of two seconds, one a second.
+        model: architecture; windows of two seconds, one a second; its cones
+            start at the colours of the world.
         look: of the pictures, here and in the data sets.
         batch_size: pairs of a step.
         batches: steps of an epoch.
         training: of the loop.
     """
 
-    model: TinyConfig = field(
-        default_factory=lambda: TinyConfig(frames=4, channels=(16, 32, 96), layers=1, text_layers=1)
-    )
+    model: TinyConfig = field(default_factory=lambda: TinyConfig(cones=PALETTE))
     look: RenderConfig = field(default_factory=RenderConfig)
-    batch_size: int = 128
-    batches: int = 100
+    batch_size: int = 48
+    batches: int = 250
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            epochs=8,
+            epochs=10,
             warmup_epochs=0.5,
             learning_rate=2e-3,
             schedule="cosine",
-            ema_decay=0.98,
+            ema_decay=0.99,
             progress=False,
         )
     )

@@ -28,7 +28,7 @@ from tvg_lib.shapestories.render import RenderConfig, render
 from tvg_lib.shapestories.world import Event, Scene, Script, Stay
 
 _KINDS = {"action": 0.58, "activity": 0.14, "presence": 0.08, "setting": 0.1, "both": 0.1}
-_VAGUE = 0.15  # of the actors are named by colour or shape only
+_VAGUE = 0.3  # of the actors are named by colour or shape only
 _SIZED = 0.25  # of the others are named with their size
 
 
@@ -88,6 +88,7 @@ class PairSource:
         window: seconds.
         films: training films of the short kind that windows are taken from.
         windows_per_film: of one batch.
+        sentences: said of each window.
         seed: of the world.
         look: how hard the pictures are.
         split: films of the test split show what the encoder has never been told.
@@ -96,7 +97,8 @@ class PairSource:
     frames: int
     window: float
     films: int = 2000
-    windows_per_film: int = 4
+    windows_per_film: int = 8
+    sentences: int = 6
     seed: int = 0
     look: RenderConfig = field(default_factory=RenderConfig)
     split: str = "train"
@@ -104,7 +106,7 @@ class PairSource:
     def __call__(
         self, rng: np.random.Generator, count: int
     ) -> tuple[np.ndarray, list[str], np.ndarray]:
-        """(count, F, 64, 64, 3) uint8 windows, a sentence each, and which is true of which."""
+        """(count, F, 64, 64, 3) uint8 windows, sentences of each, and which is true of which."""
         draw = Random(int(rng.integers(2**62)))
         views: list[View] = []
         meanings: list[Meaning] = []
@@ -121,7 +123,7 @@ class PairSource:
             windows[at : at + len(starts)] = frames.reshape(len(starts), self.frames, 64, 64, 3)
             for start in starts:
                 views.append(View.of(script, start, start + self.window))
-                meanings.append(_describe(views[-1], draw))
+                meanings += [_describe(views[-1], draw) for _ in range(self.sentences)]
         matches = np.array([[view.shows(meaning) for meaning in meanings] for view in views])
         return windows, [say(meaning, draw) for meaning in meanings], matches
 
@@ -173,5 +175,5 @@ def _deed(view: View, event: Event, draw: Random) -> Deed:
 def _who(view: View, actor: int, draw: Random) -> Who:
     one = view.script.cast[actor]
     if draw.random() < _VAGUE:
-        return Who(colour=one.colour) if draw.random() < 0.5 else Who(shape=one.shape)
+        return draw.choice((Who(colour=one.colour), Who(shape=one.shape), Who()))
     return Who(one.colour, one.shape, one.size if draw.random() < _SIZED else None)

@@ -20,8 +20,8 @@ from tvg_lib.shapestories.world import Event, Script
 SIZE = 64  # pixels of a frame, both ways
 CHUNK = 64  # frames drawn together: what fits a processor's cache
 
-_RADIUS = {"small": 4.6, "big": 7.4}  # pixels
-_PATCH = 34  # pixels of the square in which one actor is drawn: room for a grown big one
+_RADIUS = {"small": 6.2, "big": 9.6}  # pixels
+_PATCH = 46  # pixels of the square in which one actor is drawn: room for a grown big one
 _TABLE = 96  # entries of a table of distances, both ways
 _REACH = 1.35  # how far the table goes, in radii
 _MARK = 0.55  # brightness of the marked half, by which a spin is seen
@@ -34,6 +34,7 @@ _RGB = {
     "blue": (44, 82, 214),
     "purple": (148, 52, 190),
 }
+PALETTE = tuple((r / 255, g / 255, b / 255) for r, g, b in _RGB.values())  # of the actors
 _SKY = {  # top and bottom of the sky, the ground
     "day": ((134, 190, 236), (196, 222, 240), (150, 176, 128)),
     "sunset": ((186, 110, 120), (240, 178, 124), (136, 112, 100)),
@@ -52,9 +53,9 @@ class RenderConfig:
         fog: share of the picture that fog covers, in [0, 1].
     """
 
-    noise: float = 10.0
+    noise: float = 5.0
     scale: float = 1.0
-    fog: float = 0.5
+    fog: float = 0.4
 
     def __post_init__(self) -> None:
         if not (self.noise >= 0 and 0 < self.scale <= 1.1 and 0 <= self.fog <= 1):
@@ -186,7 +187,7 @@ def _alone(
     elif event.verb == "spin":
         angle[now, a] += 2 * pi * _cycles(event, 1.6) * u
     elif event.verb == "grow":
-        radius[now, a] *= 1 + 0.9 * np.minimum(u / 0.95, (1 - u) / 0.05)
+        radius[now, a] *= 1 + 0.7 * np.minimum(u / 0.95, (1 - u) / 0.05)
     elif event.verb == "shrink":
         radius[now, a] *= 1 - 0.65 * np.minimum(u / 0.95, (1 - u) / 0.05)
     elif event.verb == "blink":
