@@ -8,8 +8,10 @@ after it use windows of 2 s side by side; its frames are cut to a square in the 
 trained. Source: Radford et al. 2021; means and deviations are those of the released preprocessing.
 """
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -196,12 +198,14 @@ class CLIP:
         Raises:
             ConfigurationError: the weights are not here and the hub cannot be reached.
         """
-        from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+        from transformers import AutoTokenizer, CLIPModel
+        from transformers.utils import cached_file
 
         try:
             model = CLIPModel.from_pretrained(name)
             tokenizer = AutoTokenizer.from_pretrained(name)
-            pictures = CLIPImageProcessor.from_pretrained(name)
+            # Its two triples of numbers are all that is needed of the image processor.
+            prepared = json.loads(Path(cached_file(name, "preprocessor_config.json")).read_text())
         except OSError as error:
             raise ConfigurationError(
                 f"no weights of the CLIP model {name!r} on this machine, and none from the model "
@@ -214,6 +218,6 @@ class CLIP:
             frames=frames,
             window=window,
             stride=stride,
-            mean=pictures.image_mean,
-            std=pictures.image_std,
+            mean=prepared["image_mean"],
+            std=prepared["image_std"],
         )
