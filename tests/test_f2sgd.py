@@ -39,7 +39,7 @@ from tvg_lib.models.detectors import (
     MomentSet,
     SetPrediction,
 )
-from tvg_lib.models.f2sgd import F2SGD, CellScores, F2SGDConfig, similarity_map
+from tvg_lib.models.f2sgd import F2SGD, CellScores, F2SGDConfig, map_contrast, similarity_map
 from tvg_lib.moments import interval_iou
 from tvg_lib.nn.square import SquareConvolution, fast_length, fourier_convolution
 
@@ -127,6 +127,16 @@ class TestF2SGD:
             np.testing.assert_allclose(maps[row, :count, :count], v @ v.T, atol=1e-12)
         assert not maps[1, 6:].any()
         assert not maps[1, :, 6:].any()
+
+    @pytest.mark.parametrize("steps", [None, 30])
+    def test_contrast_is_that_of_the_valid_cells(self, steps):
+        x = make_alignment((4, 3) if steps is None else (11, 6), steps=steps)
+        maps = similarity_map(x.features, x.mask)
+        mean, deviation = map_contrast(F.normalize(x.features, dim=-1), x.mask)
+        for row, count in enumerate(x.mask.sum(1).tolist()):
+            cells = maps[row, :count, :count]
+            assert torch.isclose(mean[row, 0, 0], cells.mean())
+            assert torch.isclose(deviation[row, 0, 0] ** 2, cells.var(correction=0) + 1e-4)
 
     def test_as_printed_it_reads_the_similarity_map_alone(self):
         """Equation 13 by direct convolutions."""

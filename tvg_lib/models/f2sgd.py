@@ -39,6 +39,25 @@ def similarity_map(features: Tensor, mask: Tensor) -> Tensor:
     return unit @ unit.transpose(1, 2)
 
 
+def map_contrast(unit: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (Q, 1, 1) of all cells of S^a, in time linear in T.
+
+    The cells sum to the squared length of the sum of all frames; their squares sum to the squared
+    norm of the frames' second-moment matrix. So a banded map is scaled as the whole one is.
+
+    Args:
+        unit: (Q, T, D) frames of length 1, zero where invalid.
+        mask: (Q, T).
+    """
+    cells = mask.sum(1).to(unit.dtype) ** 2
+    steps, channels = unit.shape[1:]
+    other = unit.transpose(1, 2)
+    moments = unit @ other if steps <= channels else other @ unit
+    mean = unit.sum(1).square().sum(-1) / cells
+    variance = moments.square().sum((1, 2)) / cells - mean**2
+    return mean[:, None, None], (variance.clamp(min=0) + 1e-4).sqrt()[:, None, None]
+
+
 @dataclass(frozen=True)
 class CellScores:
     """One score per candidate moment: P of equation 13, before any sigmoid.
@@ -88,7 +107,9 @@ class F2SGDConfig:
         kernel: C of both convolutions, odd.
         channels: of the convolutions.
         hidden: width of the MLP.
-        evidence: read the frames' relevance beside S^a (see the module's docstring).
+        evidence: read the frames' relevance beside S^a (see the module's docstring), and S^a with
+            mean 0 and variance 1 over the map: features of captions are all alike, and what tells
+            them apart would be small beside the relevance.
         dropout: of the convolutions' output.
         band: longer videos are scored for moments of at most this many frames, in memory linear in
             their length; None scores all moments of any video at once.
@@ -186,6 +207,8 @@ class F2SGD(nn.Module):
         valid = alignment.mask[:, rows, None] & alignment.mask[:, None, columns]
         planes = [similar]
         if self.config.evidence:
+            mean, deviation = map_contrast(unit, alignment.mask)
+            planes = [(similar - mean) / deviation]
             total = self._evidence(alignment, rows, columns)
             length = (columns - rows[:, None]).abs() + 1.0
             # Sums grow with the length: their mean, and the length itself, on scales near 1.
