@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from grounding_data import SMALL, make_batch, mask_of, small_snag
 
-from tvg_lib.models import snag
+from tvg_lib.models import point_grounder, snag
 from tvg_lib.models.point_grounder import PointGrounder
 from tvg_lib.models.snag import ClipEmbedding, SnAG
 
@@ -114,6 +114,14 @@ class TestBatching:
                 query_video=torch.tensor([0]),
             )
             assert_same_answers(together, model(alone), [query], [0])
+
+    def test_a_few_queries_at_a_time_answer_as_all_at_once(self, monkeypatch):
+        model = small_snag()
+        batch = make_batch([40, 22], [0, 1, 0, 1, 1], [4, 7, 3, 5, 1])
+        together = model(batch)
+        for points in (1, 200):  # one query, two queries of 78 points at a time
+            monkeypatch.setattr(point_grounder, "POINTS", points)
+            assert_same_answers(together, model(batch), range(5), range(5))
 
     def test_permuted_queries_permute_the_answers(self):
         model, order = small_snag(), [3, 0, 2, 1]
