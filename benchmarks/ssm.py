@@ -254,7 +254,7 @@ def take_turns(
 
 
 def compare(
-    what: str, device: str, rounds: int, lengths: Iterable[int], videos: int
+    what: str, device: str, rounds: int, lengths: Iterable[int], videos: int, compiled: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """All comparisons of scans, or of layers, one by one."""
     if what == "scans":
@@ -272,6 +272,8 @@ def compare(
         s6 = [(f"Mamba-1 layer, {videos} x 256 x 384", lambda: mamba_layers(videos, device))]
     for name, make in makers + (s6 if videos else []):
         ways, leaves, missing = make()
+        if compiled:
+            ways["ours, torch.compile"] = torch.compile(ways["ours"])
         case: dict[str, Any] = {"difference_from_ours": check(ways), "missing": missing}
         for mode, wanted in (("forward", None), ("forward + backward", leaves)):
             for slow in ("transformers", "mamba-ssm reference"):
@@ -445,6 +447,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="*", help="of SSD and Mamba-2; may be empty")
     parser.add_argument("--videos", type=int, default=64, help="of S6 and Mamba-1; 0 for none")
+    parser.add_argument("--compiled", action="store_true", help="ours through torch.compile, too")
     parser.add_argument("--add", action="store_true", help="keep the cases that the file holds")
     options = parser.parse_args()
     if options.what == "plot":
@@ -462,7 +465,14 @@ def main() -> None:
         results = scaling(options.device, options.rounds, lengths)
     else:
         lengths = [3456, 16384, 65536] if options.lengths is None else options.lengths
-        results = compare(options.what, options.device, options.rounds, lengths, options.videos)
+        results = compare(
+            options.what,
+            options.device,
+            options.rounds,
+            lengths,
+            options.videos,
+            options.compiled,
+        )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = options.out.with_suffix(".tmp")
     for name, case in results:  # written after each, so that an interrupted run leaves what it has
