@@ -171,9 +171,30 @@ class NearIdentity(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
+    def transposed(self, x: Tensor) -> Tensor:
+        """The transposed matrix applied to x (Q, C)."""
+        return x + x @ self.weight
+
+
+class Matrix(nn.Linear):
+    """A matrix without bias from Xavier's initialisation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, bias=False)
+        nn.init.xavier_uniform_(self.weight)
+
+    def transposed(self, x: Tensor) -> Tensor:
+        """The transposed matrix applied to x (Q, C)."""
+        return x @ self.weight
+
 
 class A2FA(nn.Module):
-    """Anchor-aware alignment of frames to a query; an `Aligner`."""
+    """Anchor-aware alignment of frames to a query; an `Aligner`.
+
+    Every matrix that equations 7 to 11 apply to all frames meets one vector of the query there, so
+    it is moved to that side: (W v) . u = v . (W^T u), and a mean of V v_i is V of their mean. The
+    same numbers, one product a query where the printed order has one a frame.
+    """
 
     def __init__(self, config: A2FAConfig) -> None:
         super().__init__()
@@ -191,11 +212,12 @@ class A2FA(nn.Module):
         self.calibration = Calibration(True, 1.0, -0.5) if config.calibrated else None
 
     def _matrix(self) -> nn.Module:
-        if self.config.start == "similarity":
-            return NearIdentity(self.channels)
-        matrix = nn.Linear(self.channels, self.channels, bias=False)
-        nn.init.xavier_uniform_(matrix.weight)
-        return matrix
+        kind = NearIdentity if self.config.start == "similarity" else Matrix
+        return kind(self.channels)
+
+    def _products(self, frames: Tensor, matrix: str, vector: Tensor) -> Tensor:
+        """(Q, T) products of the vector (Q, C) with the frames (Q, T, C) under a matrix."""
+        return (frames @ self.matrices[matrix].transposed(vector)[..., None]).squeeze(-1)
 
     def aggregate(self, video: Tensor, sentence: Tensor, kept: Tensor) -> Tensor:
         """g (Q, C), equations 7 and 8: the frames' mean, weighted by how they match the query.
@@ -205,23 +227,20 @@ class A2FA(nn.Module):
             sentence: (Q, C).
             kept: (Q, T) frames that the mask m leaves.
         """
-        query = self.matrices["query"](sentence)
-        scores = (self.matrices["key"](video) @ query[..., None]).squeeze(-1)
+        scores = self._products(video, "key", self.matrices["query"](sentence))
         if self.config.start == "similarity":
             scores = scores * self.config.sharpness
         weights = scores.masked_fill(~kept, -torch.inf).softmax(1)  # A^g
-        return (weights[:, None] @ self.matrices["value"](video)).squeeze(1)
+        return self.matrices["value"]((weights[:, None] @ video).squeeze(1))
 
     def reweight(self, video: Tensor, aggregate: Tensor) -> Tensor:
         """r (Q, T), equation 9: how like the aggregate a frame is, between -1 and 1."""
-        frames = self.matrices["compare_frame"](video)
         other = self.matrices["compare_aggregate"](aggregate)
-        return torch.tanh(self.scale * (frames @ other[..., None]).squeeze(-1) + self.shift)
+        return torch.tanh(self.scale * self._products(video, "compare_frame", other) + self.shift)
 
     def matching(self, reweighted: Tensor, sentence: Tensor, mask: Tensor) -> Tensor:
         """The argument of the sigmoid in equation 11 without the mask, (Q, T)."""
-        query = self.matrices["match_query"](sentence)
-        logits = (self.matrices["match_frame"](reweighted) @ query[..., None]).squeeze(-1)
+        logits = self._products(reweighted, "match_frame", self.matrices["match_query"](sentence))
         return logits * mask if self.calibration is None else self.calibration(logits, mask)
 
     def forward(self, inputs: AlignmentInput) -> Alignment:
