@@ -48,9 +48,12 @@ class DepthwiseConv(nn.Conv1d):
     ) -> Tensor:
         """Convolve, then SiLU. `history` (B, d_conv - 1, C) precedes `x`; zeros if None."""
         size = self.kernel_size[0]
-        if self.causal and history is None and 2 <= size <= 4 and x.is_cuda:
-            kernel = kernels.causal_conv1d().call if backend in ("auto", "mamba_ssm") else None
+        fits = self.causal and history is None and 2 <= size <= 4 and self.groups % 8 == 0
+        if fits and x.is_cuda and x.dtype != torch.float64 and backend in ("auto", "mamba_ssm"):
+            kernel = kernels.causal_conv1d().call
             if kernel is not None:
+                if x.stride(0) % 8 or x.stride(1) % 8:  # what the kernel asks of channels-last
+                    x = x.contiguous()
                 weight = self.weight.squeeze(1)
                 y = kernel(x.transpose(1, 2), weight, self.bias, activation="silu")
                 return y.transpose(1, 2)
