@@ -26,6 +26,7 @@ from tvg_lib.models.point_grounder import EncodedText, PointGrounder
 from tvg_lib.models.snag import ClipEmbedding, SnagConfig, text_encoder
 from tvg_lib.nn.anchor_pooling import AnchorPooling, Pooling, group, interleave, separate
 from tvg_lib.nn.attention import TransformerBlock
+from tvg_lib.nn.dropout import Dropout
 from tvg_lib.nn.fusion import LateFusion
 from tvg_lib.nn.pyramid import ClassificationHead, PointPredictions, Pyramid, RegressionHead
 from tvg_lib.nn.sequence import LayerScale, pad_time, zero_invalid
@@ -76,7 +77,7 @@ class SwiGLU(nn.Module):
         hidden = 8 * channels // 3
         self.gate_and_value = nn.Linear(channels, 2 * hidden, bias=False)
         self.output = nn.Linear(hidden, channels, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
@@ -159,7 +160,7 @@ class AnchorMambaPooling(nn.Module):
         self.feed_forward = (
             SwiGLU(channels, dropout)
             if kind == "swiglu"
-            else nn.Sequential(nn.Linear(channels, channels), nn.GELU(), nn.Dropout(dropout))
+            else nn.Sequential(nn.Linear(channels, channels), nn.GELU(), Dropout(dropout))
         )
         self.feed_forward_scale = LayerScale(channels, dropout)
 

@@ -10,6 +10,7 @@ so a convolution is six of them on a quarter of the steps. In float32 the result
 definition's by about 1e-5 of the output's size, from rounding alone.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ _FILTER = (
 _OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 
 
-TILES = 256  # at a time: what is between the three products then stays in the cache
+STEPS = 1024  # at a time: what is between the three products then stays in the cache
 
 
 def winograd_convolution(x: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
@@ -68,13 +69,13 @@ class _Winograd(torch.autograd.Function):
             outputs, channels, taps = weight.shape
             dfilters = x.new_zeros(INPUTS, outputs, channels)
             for row, valid, drow in zip(x, mask, dy, strict=True):
-                tiles = _tiles(row, valid)
-                drow = F.pad(drow, (0, 0, 0, len(tiles) * OUTPUTS - len(drow)))
-                drow = drow.view(len(tiles), OUTPUTS, outputs)
-                for part, dpart in zip(tiles.split(TILES), drow.split(TILES), strict=True):
+                for tiles, dpart in zip(_tiles(row, valid), drow.split(STEPS), strict=True):
+                    dpart = F.pad(dpart, (0, 0, 0, -len(dpart) % OUTPUTS)).unflatten(
+                        0, (-1, OUTPUTS)
+                    )
                     dproducts = _transform(_OUTPUT, dpart, transpose=True)
                     dfilters.baddbmm_(
-                        dproducts.permute(1, 2, 0), _transform(_INPUT, part).transpose(0, 1)
+                        dproducts.permute(1, 2, 0), _transform(_INPUT, tiles).transpose(0, 1)
                     )
             dweight = x.new_tensor(_FILTER).t() @ dfilters.flatten(1)
             dweight = dweight.view(taps, outputs, channels).permute(1, 2, 0).contiguous()
@@ -91,24 +92,25 @@ def _convolve(x: Tensor, mask: Tensor, filters: Tensor) -> Tensor:
     """The convolution by filters (6, C, O)."""
     y = x.new_empty(*x.shape[:2], filters.shape[2])
     for row, valid, out in zip(x, mask, y, strict=True):
-        done = 0
-        for tiles in _tiles(row, valid).split(TILES):
+        for tiles, part in zip(_tiles(row, valid), out.split(STEPS), strict=True):
             products = torch.bmm(_transform(_INPUT, tiles).transpose(0, 1), filters)
             steps = _transform(_OUTPUT, products.transpose(0, 1)).flatten(0, 1)
-            out[done : done + len(steps)] = steps[: len(out) - done]  # the last tile may stick out
-            done += len(steps)
+            part.copy_(steps[: len(part)])  # the last tile may stick out
     return y
 
 
-def _tiles(row: Tensor, valid: Tensor) -> Tensor:
-    """Overlapping tiles (tiles, 6, C) of a sequence (T, C), zero outside and at invalid steps."""
-    steps = len(row)
-    tiles = -(-steps // OUTPUTS)
-    padded = row.new_empty(tiles * OUTPUTS + INPUTS - OUTPUTS, row.shape[1])
-    padded[0] = 0.0
-    padded[steps + 1 :] = 0.0
-    torch.where(valid[:, None], row, row.new_zeros(()), out=padded[1 : steps + 1])
-    return padded.unfold(0, INPUTS, OUTPUTS).transpose(1, 2)
+def _tiles(row: Tensor, valid: Tensor) -> Iterator[Tensor]:
+    """Overlapping tiles (n, 6, C) of a sequence (T, C), zero outside and at invalid steps.
+
+    Those of the first `STEPS` steps come first, and so on.
+    """
+    for start in range(0, len(row), STEPS):
+        steps = min(STEPS, len(row) - start)
+        padded = row.new_zeros(steps + -steps % OUTPUTS + INPUTS - OUTPUTS, row.shape[1])
+        first, last = max(start - 1, 0), min(start + len(padded) - 1, len(row))
+        place = padded[first - start + 1 : last - start + 1]
+        torch.where(valid[first:last, None], row[first:last], row.new_zeros(()), out=place)
+        yield padded.unfold(0, INPUTS, OUTPUTS).transpose(1, 2)
 
 
 def _transform(matrix: tuple, tiles: Tensor, transpose: bool = False) -> Tensor:
