@@ -57,6 +57,7 @@ from tvg_lib.retrieval.data import RetrievalView
 FORMAT = "tvg-companion/video-index/1"
 MANIFEST = "index.json"
 SHARD = 256  # videos
+TOGETHER = 32  # videos encoded at a time
 SKETCH = 64  # directions
 FILMS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 ARRAYS = ("segments", "hidden", "vectors", "sketch", "clips")
@@ -412,17 +413,25 @@ class VideoIndex:
     def _write(self, videos: Sequence[tuple[Video, np.ndarray]]) -> None:
         """Encode some videos and add them as a shard."""
         clips = [sequence for _, sequence in videos]
-        encoded = self.retriever.encode_videos(clips)
-        segments = F.normalize(encoded.segments, dim=-1).cpu()
+        parts = [
+            self.retriever.encode_videos(clips[start : start + TOGETHER])
+            for start in range(0, len(clips), TOGETHER)
+        ]
+        encoded = EncodedVideos(
+            hidden=torch.cat([part.hidden for part in parts]).cpu(),
+            segments=torch.cat([part.segments for part in parts]).cpu(),
+            vector=torch.cat([part.vector for part in parts]).cpu(),
+        )
+        segments = F.normalize(encoded.segments, dim=-1)
         if self._manifest["basis"] is None:
             name = f"basis-{uuid.uuid4().hex[:12]}.npy"
             _save(self.folder / name, principal_directions(segments.flatten(0, 1), SKETCH).numpy())
             self._manifest = self._manifest | {"basis": name}
         basis = torch.from_numpy(np.array(read_array(self.folder / self._manifest["basis"])))
         arrays = {
-            "segments": encoded.segments.cpu().half().numpy(),
-            "hidden": encoded.hidden.cpu().half().numpy(),
-            "vectors": encoded.vector.cpu().numpy(),
+            "segments": encoded.segments.half().numpy(),
+            "hidden": encoded.hidden.half().numpy(),
+            "vectors": encoded.vector.numpy(),
             "sketch": (segments @ basis).numpy(),
             "clips": np.concatenate(clips).astype(np.float16),
         }
