@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from grounding_data import mask_of, randomised
 from torch import nn
 
-from tvg_lib.nn import feed_forward
+from tvg_lib.nn import feed_forward, winograd
 from tvg_lib.nn.allocation import keep_freed_memory
 from tvg_lib.nn.attention import MultiHeadAttention, TransformerBlock, local_attention
 from tvg_lib.nn.convolution import thin_convolution
@@ -206,8 +206,9 @@ class TestMaskedConvolution:
 class TestThreeTaps:
     """The fast ways of a convolution against `F.conv1d`."""
 
-    @pytest.mark.parametrize("steps", [*range(1, 10), 30])
-    def test_winograd(self, steps):
+    @pytest.mark.parametrize("steps", [*range(1, 10), 16, 30])
+    def test_winograd(self, steps, monkeypatch):
+        monkeypatch.setattr(winograd, "STEPS", 8)  # at a time
         torch.manual_seed(steps)
         x = torch.randn(3, steps, 4, dtype=torch.float64, requires_grad=True)
         weight = torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True)
