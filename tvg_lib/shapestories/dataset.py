@@ -123,7 +123,7 @@ def load(
     encoder = tiny_dual_encoder() if encoder is None else encoder
     look = RenderConfig() if look is None else look
     folder = paths.cache() / "shapestories"
-    names = _weights(encoder)
+    names = encoder.video.name, encoder.text.name
     wanted = [
         _Order(
             config,
@@ -237,11 +237,6 @@ class _Order:
 @lru_cache(maxsize=1)
 def _code() -> str:
     return code_fingerprint(generator, language, questions, render, world)
-
-
-@lru_cache(maxsize=4)
-def _weights(encoder: TinyDualEncoder) -> tuple[str, str]:
-    return encoder.video.name, encoder.text.name
 
 
 def _key(
