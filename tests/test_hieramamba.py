@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from grounding_data import SMALL, make_batch, mask_of, randomised, small_snag
+from grounding_data import SMALL, make_batch, make_dataset, mask_of, randomised, small_snag
 from safetensors.torch import load_file
 from test_snag import assert_same_answers, padded, valid_outputs
 
+from tvg_lib.decoding import ground
 from tvg_lib.errors import DataError
 from tvg_lib.interop import convert_grounder, hieramamba_config, load_hieramamba
 from tvg_lib.losses.contrastive import anchor_contrast, segment_contrast
@@ -656,3 +657,59 @@ class TestObjective:
     def test_a_model_without_anchors_is_refused(self):
         with pytest.raises(ValueError, match="needs a model whose pyramid has anchors"):
             self.objective()(small_snag()(self.batch), self.batch)
+
+
+@pytest.mark.parametrize("early_fusion", [False, True])
+def test_grounding_a_data_set_does_not_depend_on_its_batches(early_fusion):
+    data = make_dataset(
+        {"a": 40, "b": 23}, [("a", [[3, 9]]), ("b", [[1, 20]]), ("a", [[30, 34]]), ("a", [[0, 40]])]
+    )
+    model = small(early_fusion=early_fusion).float()
+    together, apart = (ground(model, data, videos_per_batch=n, queries_per_batch=n) for n in (8, 1))
+    for one, other in zip(together, apart, strict=True):
+        assert one.query_id == other.query_id
+        assert len(one.moments) > 0
+        assert abs(one.moments - other.moments).max() < 1e-3
+
+
+def test_published_attention_pooling_is_packed(oracles):
+    """Its query, keys and values are one tensor there, and PyTorch's own layer."""
+    description = json.loads((oracles / "hieramamba_late_padded.json").read_text())["config"]
+    description["model"]["vid_net"] |= {"pool_method": "attn"}
+    tensors = load_file(oracles / "hieramamba_late_padded.safetensors")
+    weights = {k.removeprefix("w."): v for k, v in tensors.items() if k.startswith("w.")}
+    torch.manual_seed(0)
+    layers = [torch.nn.MultiheadAttention(32, 1, dropout=0.1).eval() for _ in range(4)]
+    queries = torch.randn(4, 1, 1, 32)
+    for number, layer in enumerate(layers):
+        torch.nn.init.normal_(layer.in_proj_bias)
+        prefix = f"vid_net.branch.{number}.anchor_pooling.pooler."
+        weights[prefix + "pool_q"] = queries[number]
+        for name, value in layer.state_dict().items():
+            weights[f"{prefix}pool_attn.{name}"] = value
+    model = HieraMamba(hieramamba_config({"model": description["model"]})).eval()
+    model.load_state_dict(convert_grounder(weights, model))
+    tokens = torch.randn(2, 5, 2, 32)
+    for number, layer in enumerate(layers):
+        pooled = model.video_encoder.blocks[number].pooling(tokens, torch.ones(2, 5, 2).bool())
+        pairs = tokens.flatten(0, 1).transpose(0, 1)
+        expected, _ = layer(queries[number].expand(-1, 10, -1), pairs, pairs)
+        torch.testing.assert_close(pooled, expected[0].unflatten(0, (2, 5)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_published_stem(oracles):
+    """Stem layers keep their own list; the blocks of the pyramid start at 0 behind them."""
+    description = json.loads((oracles / "hieramamba_late_padded.json").read_text())["config"]
+    description["model"]["vid_net"] |= {"arch": [2, 1, 4]}
+    tensors = load_file(oracles / "hieramamba_late_padded.safetensors")
+    weights = {k.removeprefix("w."): v for k, v in tensors.items() if k.startswith("w.")}
+    of_text = "text_net.transformer.0."
+    stem = {k.replace(of_text, "vid_net.stem.0."): v for k, v in weights.items() if of_text in k}
+    local = "vid_net.branch.0.local_encoder.attn."
+    stem |= {k.replace(local, "vid_net.stem.0.attn."): v for k, v in weights.items() if local in k}
+    model = HieraMamba(hieramamba_config({"model": description["model"]}))
+    model.load_state_dict(convert_grounder(weights | stem, model))
+    first = model.video_encoder.stem[0]
+    name = "vid_net.branch.0.local_encoder.attn.k_conv.conv.weight"
+    assert torch.equal(first.projections["key"].convolution.weight, weights[name])
+    assert len(model.video_encoder.blocks) == 4
