@@ -136,7 +136,7 @@ def load(
         for number in range(films)
     ]
     missing = [order for order in wanted if not order.path.exists()]
-    _make(missing, encoder, workers)
+    _make(wanted, missing, encoder, workers)
     made = [
         _read(order.path, f"{config.name}-{split}-{order.number:04d}", encoder) for order in wanted
     ]
@@ -252,16 +252,20 @@ def _key(
     return value_fingerprint(decides)[:32]
 
 
-def _make(orders: Sequence[_Order], encoder: TinyDualEncoder, workers: int | None) -> None:
-    """Make films, here or side by side; the longest first."""
-    if not orders:
-        return
+def _make(
+    wanted: Sequence[_Order],
+    orders: Sequence[_Order],
+    encoder: TinyDualEncoder,
+    workers: int | None,
+) -> None:
+    """Make the films that are missing of those wanted, here or side by side."""
     from tqdm.auto import tqdm
 
     cores = torch.get_num_threads() if workers is None else workers
     work = sum(order.config.duration[1] for order in orders) / SHORT.duration[1]
-    bar = tqdm(total=len(orders), desc=f"ShapeStories {orders[0].config.name}", unit="film")
-    with bar:
+    # Shown when the cache holds everything, too: a notebook looks the same the second time.
+    with tqdm(total=len(wanted), desc=f"ShapeStories {wanted[0].config.name}", unit="film") as bar:
+        bar.update(len(wanted) - len(orders))
         if cores < 2 or work < _WORTH_A_POOL:
             for order in orders:
                 _make_one(order, encoder)
