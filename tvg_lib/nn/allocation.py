@@ -11,8 +11,8 @@ def keep_freed_memory() -> bool:
     """Tell glibc not to hand large freed blocks back to the system.
 
     By default it does, for every block above 32 MiB: the next tensor of that size then costs a page
-    fault per 4 KiB, which takes longer than the arithmetic of an elementwise operation (SnAG on
-    2,304 clips: about a third of a training step). Resident memory stays at its peak instead.
+    fault per 4 KiB, which takes longer than the arithmetic of an elementwise operation (the product
+    of two tensors of 75 MB: 54 ms instead of 8). Resident memory stays at its peak instead.
 
     Returns:
         Whether it was done: not without glibc, and not where an environment variable MALLOC_*_
