@@ -41,7 +41,7 @@ from tvg_lib.shapestories.language import vocabulary
 from tvg_lib.shapestories.render import render
 
 BRIEF = replace(SHORT, name="brief", duration=(20, 24), questions=4)
-TOY = TinyConfig(frames=4, channels=(4, 8, 8), layers=1, text_layers=1, heads=2, dim=8)
+TOY = TinyConfig(frames=4, channels=(4, 8, 8), width=8, text_layers=1, heads=2, dim=8)
 
 
 @pytest.fixture(scope="module")
