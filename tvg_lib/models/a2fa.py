@@ -134,6 +134,7 @@ class A2FAConfig:
         masked: whether the mask of equation 6 is used at all.
         reweighted: whether frames are re-weighted (equations 7 to 10; Table 6).
         start: "similarity" or "xavier".
+        pace: of the learnt differences at the start "similarity"; see `NearIdentity`.
         sharpness: factor on the cosines of equation 7 at the start "similarity".
         calibrated: standardise equation 11 over the video and learn its scale and shift.
         smoothing: frames averaged before everything else, an odd number; 1 as printed.
@@ -144,6 +145,7 @@ class A2FAConfig:
     masked: bool = True
     reweighted: bool = True
     start: Literal["similarity", "xavier"] = "similarity"
+    pace: float = 0.03
     sharpness: float = 10.0
     calibrated: bool = True
     smoothing: int = 1
@@ -159,21 +161,24 @@ class A2FAConfig:
 
 
 class NearIdentity(nn.Linear):
-    """x + W x without bias, W zero at first: a matrix that starts at the identity.
+    """x + pace W x without bias, W zero at first: a matrix that starts at the identity.
 
-    Weight decay then draws it back to the identity, not to zero.
+    Weight decay then draws it back to the identity, not to zero. A step of Adam moves every entry
+    by about the learning rate, and hundreds of entries add up in a product: `pace` below 1 keeps
+    the similarity that was given from being gone after some dozen steps.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, pace: float) -> None:
         super().__init__(channels, channels, bias=False)
         nn.init.zeros_(self.weight)
+        self.pace = pace
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        return x + self.pace * super().forward(x)
 
     def transposed(self, x: Tensor) -> Tensor:
         """The transposed matrix applied to x (Q, C)."""
-        return x + x @ self.weight
+        return x + self.pace * (x @ self.weight)
 
 
 class Matrix(nn.Linear):
@@ -212,8 +217,9 @@ class A2FA(nn.Module):
         self.calibration = Calibration(True, 1.0, -0.5) if config.calibrated else None
 
     def _matrix(self) -> nn.Module:
-        kind = NearIdentity if self.config.start == "similarity" else Matrix
-        return kind(self.channels)
+        if self.config.start == "similarity":
+            return NearIdentity(self.channels, self.config.pace)
+        return Matrix(self.channels)
 
     def _products(self, frames: Tensor, matrix: str, vector: Tensor) -> Tensor:
         """(Q, T) products of the vector (Q, C) with the frames (Q, T, C) under a matrix."""
