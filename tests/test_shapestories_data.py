@@ -216,20 +216,20 @@ def test_training_a_little_goes_the_same_way(tmp_path: Path) -> None:
     small = replace(
         recipe,
         model=replace(recipe.model, channels=(12, 24, 48), text_layers=1, dim=48),
-        batch_size=48,
+        batch_size=32,
         batches=60,
-        training=replace(recipe.training, epochs=1, warmup_epochs=0.1, learning_rate=4e-3),
+        training=replace(recipe.training, epochs=1, warmup_epochs=0.1, learning_rate=3e-3),
     )
     result = train_encoder(small, tmp_path / "run")
-    losses = result.steps["total"]
-    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+    losses = result.steps["text_to_video"]
+    assert np.mean(losses[-10:]) < np.mean(losses[:5]) - 0.2
     save_encoder(result.model, small, tmp_path / "weights.safetensors")
     again = TinyDualEncoder.load(tmp_path / "weights.safetensors")
     window = render(write_script(SHORT, "val", 0), 3 + 0.5 * np.arange(4))[None]
     np.testing.assert_allclose(
         again.video.encode(window), result.model.video.encode(window), atol=0.02
     )
-    assert result.validations[-1]["text R1"] > 100 * 3 / 48
+    assert result.validations[-1]["text R1"] > 30  # 17 by chance: many a sentence is often true
 
 
 @pytest.mark.slow
