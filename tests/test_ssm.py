@@ -219,7 +219,7 @@ def test_ssd_fast_path_equals_the_recurrence(steps: int, dtype: torch.dtype) -> 
         inputs = ssd_inputs(3, steps, dtype, groups)
         a = run(ssd_scan, inputs, backend="torch", chunk_size=16, **options)
         b = run(ssd_scan, inputs, backend="reference", **options)
-        assert_same(a, b, 1e-12 if dtype == torch.float64 else 3e-6)
+        assert_same(a, b, 1e-12 if dtype == torch.float64 else 5e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

@@ -77,6 +77,7 @@ class _Inputs(NamedTuple):
     initial_state: Tensor | None = None
 
 
+@torch.compiler.disable  # loops over blocks, with their own backward pass: nothing to gain
 def s6_scan(
     x: Tensor,
     dt: Tensor,

@@ -36,7 +36,8 @@ from tvg_lib.ssm.s6 import check_shapes, silence
 
 _LOG2E = math.log2(math.e)
 _CHUNK = 64
-_CPU_BLOCK = 1 << 18  # entries of the (Q x Q) matrices held at once
+_STEEP = 160  # powers of two by which a chunk may decay to be split into factors of 2^80
+_CPU_BLOCK = 1 << 19  # numbers of `x` taken at once
 _GPU_BLOCK = 1 << 27
 
 
@@ -87,6 +88,7 @@ class _Inputs(NamedTuple):
     initial_state: Tensor | None = None
 
 
+@torch.compiler.disable  # loops over blocks, with their own backward pass: nothing to gain
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
@@ -242,11 +244,16 @@ def _by_group(inputs: _Inputs, q: int, reverse: bool) -> tuple[Tensor, Tensor]:
 class _SSD(torch.autograd.Function):
     """The chunked scan for one group: B and C are (B, T, N), `dt` is final.
 
-    Everything that involves the state is one large matrix product over all heads, in the layout the
-    inputs already have: states are (N, H * P), chunks (Q, H * P). Only the (Q x Q) attention needs
-    heads apart. Chunks are taken a block at a time, so the (Q x Q) matrices stay in the cache and
-    are never stored; the backward pass forms them again. Kept for it: the inputs and the state at
-    the start of each chunk (as many numbers as `x` when Q = N).
+    Everything is a large matrix product over all heads, in the layout the inputs already have:
+    states are (N, H * P), chunks (Q, H * P). That is possible because the decay between two steps
+    of a chunk splits into two factors, exp(a_i - r) exp(r - a_j), of which one scales the input and
+    one the output; the attention C B^T between them is the same for all heads. r is the middle of
+    the chunk, so that neither factor leaves the range of float32, unless a chunk is too steep: then
+    each head gets its matrix of decays. Chunks are taken a block at a time, so that what is formed
+    on the way stays in the cache. Kept for the backward pass: the inputs, the state at the start of
+    each chunk (as many numbers as `x` when Q = N), and what each step hears of the others. What it
+    hears of itself does not decay; it is kept apart because the gradient of the decay is a
+    difference of sums that it would swamp.
 
     Rounding: a_i - a_j is a difference of sums over at most Q steps. Its error is at most about
     Q * eps * (mean step) and enters multiplied by exp(a_i - a_j), so it stays below 3e-6 for Q = 64
@@ -268,18 +275,15 @@ class _SSD(torch.autograd.Function):
             for part in _parts(inputs, q, reverse):
                 for block in part.blocks():
                     starts, h = block.pass_states(h)
-                    kept.append(starts)
-                    out = torch.bmm(block.C, starts).view(block.shape).mul_(block.from_start)
-                    decays, scores = block.decays(), block.scores()
-                    attention = block.by_head(decays).mul_(scores.unsqueeze(1)).flatten(0, 1)
-                    seen = torch.bmm(attention, block.heads_first(block.x, block.dt))
-                    if inputs.D is not None:
-                        out.addcmul_(block.x, _per_channel(inputs.D))
-                    torch.add(
-                        block.by_sequence(out),
-                        block.by_sequence(block.heads_last(seen)),
-                        out=block.of(y),
-                    )
+                    others = block.read(starts).mul_(block.fade)
+                    if part.steep:
+                        attention = block.heads(block.decays()).mul_(block.scores().unsqueeze(1))
+                        xd = block.heads_first(block.x, block.dt)
+                        others += block.heads_last(torch.bmm(attention.flatten(0, 1), xd))
+                    kept += [starts, others]
+                    own = block.own * block.dt
+                    own = own if inputs.D is None else own + _per_channel(inputs.D)
+                    block.of(y).copy_(block.sequences(torch.addcmul(others, block.x, own)))
         ctx.save_for_backward(*tensors, *(kept if any(ctx.needs_input_grad) else ()))
         ctx.q, ctx.reverse = q, reverse
         return y, h.view(batch, n, heads, channels).permute(0, 2, 3, 1).contiguous()
@@ -299,45 +303,51 @@ class _SSD(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for part in reversed(_parts(inputs, ctx.q, ctx.reverse)):
                 for block in part.blocks(backwards=True):
-                    starts = kept.pop()
+                    others, starts = kept.pop(), kept.pop()
                     out = block.load(dy)
-                    # through the state: y_i = exp(a_i) C_i h_start
-                    scaled = out * block.from_start
-                    rows = scaled.flatten(2)
-                    ends, g = block.pass_gradients(torch.bmm(block.C.mT, rows), g)
-                    dC_block = torch.bmm(rows, starts.mT)
-                    da_block = scaled.mul_(torch.bmm(block.C, starts).view(block.shape)).sum(3)
-                    # through the write: h_end = exp(a_Q) h_start + sum_j exp(a_Q - a_j) xd_j B_j
-                    dxd = torch.bmm(block.B, ends).view(block.shape)
-                    dB_block = torch.bmm(block.xw.flatten(2), ends.mT)
-                    write = block.xw.mul_(dxd).sum(3)
-                    dxd.mul_(block.to_end)
-                    da_block -= write
-                    da_end = ends.mul_(starts).sum(1).view(-1, heads, channels).sum(2)
-                    da_end.mul_(block.decay.flatten(0, 1)).add_(write.sum(1))
-                    da_block[:, block.last] += da_end
-                    # within the chunk: y_i = sum_j M_ij xd_j, M = G o L, G = C B^T
-                    decays, scores = block.decays(), block.scores()
-                    attention = (block.by_head(decays) * scores.unsqueeze(1)).flatten(0, 1)
-                    out_h, xd_h = block.heads_first(out), block.heads_first(block.x, block.dt)
-                    dxd += block.heads_last(torch.bmm(attention.mT, out_h))
-                    weighted = torch.bmm(out_h, xd_h.mT, out=attention).mul_(decays)  # dM o L
-                    weighted = block.by_head(weighted)
-                    dG = block.cut(weighted.sum(1))
+                    faded = (out * block.fade).flatten(2)
+                    ends, g = block.pass_gradients(faded, g)
+                    dC_block = torch.bmm(faded, starts.mT)
+                    dB_block = torch.bmm(block.written, ends.mT)
+                    dwritten = torch.bmm(block.B, ends)
+                    # h_end, through both of its terms, depends on the sum over the chunk
+                    da_end = block.per_head((ends * starts).sum(1)) * block.rest
+                    da_end += block.per_head((dwritten * block.written).sum(1))
+                    if part.steep:  # others_i holds sum_{j < i} G_ij L_ij xd_j for each head
+                        decays = block.decays()
+                        attention = block.heads(decays) * block.scores().unsqueeze(1)
+                        out_h, xd_h = block.heads_first(out), block.heads_first(block.x, block.dt)
+                        dxd = block.heads_last(torch.bmm(attention.flatten(0, 1).mT, out_h))
+                        weighted = torch.bmm(out_h, xd_h.mT).mul_(decays)
+                        dG = block.cut(block.heads(weighted).sum(1), 0)
+                    else:  # fade_i sum_{j < i} G_ij written_j
+                        dwritten.baddbmm_(block.scores().mT, faded)
+                        dG = block.cut(torch.bmm(faded, block.written.mT), 0)
                     dC_block.baddbmm_(dG, block.B)
                     dB_block.baddbmm_(dG.mT, block.C)
-                    # dM o M off the diagonal: a_i - a_j is zero on it
-                    weighted.mul_(block.cut(scores, 1).unsqueeze(1))
-                    da_block += (weighted.sum(3) - weighted.sum(2)).transpose(1, 2)
-                    block.of(da).copy_(block.by_sequence(da_block))
-                    torch.sum(block.by_sequence(dxd * block.x), 4, out=block.of(ddt))
-                    dxd.mul_(block.dt)
+                    dwritten = dwritten.view(block.shape)
+                    ddt_block = (dwritten * block.x).sum(3, keepdim=True).mul_(block.reach)
+                    dx_block = dwritten.mul_(block.write)
+                    if part.steep:
+                        ddt_block += (dxd * block.x).sum(3, keepdim=True)
+                        dx_block.addcmul_(dxd, block.dt)
+                    da_block = (others * out).sum(3, keepdim=True) - ddt_block * block.dt
+                    da_block[:, block.last] += da_end.unsqueeze(2)
+                    # what a step hears of itself, which does not decay
+                    own, own_x = block.own * block.dt, out * block.x
+                    ddt_block.addcmul_(own_x.sum(3, keepdim=True), block.own)
                     if D is not None:
-                        dD += (out * block.x).sum((0, 1))
-                        dxd.addcmul_(out, _per_channel(D))
-                    block.of(dx).copy_(block.by_sequence(dxd))
-                    block.of(dB).copy_(block.by_sequence(dB_block))
-                    block.of(dC).copy_(block.by_sequence(dC_block))
+                        own = own + _per_channel(D)
+                        dD += own_x.sum((0, 1))
+                    dx_block.addcmul_(out, own)
+                    for whole, rows in (
+                        (dx, dx_block),
+                        (ddt, ddt_block.squeeze(3)),
+                        (da, da_block.squeeze(3)),
+                        (dB, dB_block),
+                        (dC, dC_block),
+                    ):
+                        block.of(whole).copy_(block.sequences(rows))
                 # a is a running sum within the chunk, so its gradient is one from the other end
                 dstep = part.running_sum(part.chunked(da), not ctx.reverse)
                 dA += (dstep * part.dt).sum((0, 1, 2))
@@ -374,19 +384,32 @@ def _parts(inputs: _Inputs, q: int, reverse: bool) -> list["_Chunks"]:
 
 
 class _Chunks:
-    """Consecutive chunks of one length: their decays, and how they are cut into blocks."""
+    """Consecutive chunks of one length: their decays, and how they are cut into blocks.
+
+    Factors, each (B, c, Q, H) or, for the whole chunk, (B, c, H): with written_j = write_j x_j and
+    G = C B^T, a step hears fade_i (C_i (start h_start) + sum_{j < i} G_ij written_j) of the others
+    (in a steep chunk the sum is left out), and h_end = end (rest start h_start + sum written B).
+    """
 
     def __init__(self, inputs: _Inputs, time: slice, q: int, reverse: bool) -> None:
         self.inputs, self.time, self.q, self.reverse = inputs, time, q, reverse
-        self.dt = self.chunked(inputs.dt)  # (B, c, Q, H)
+        self.dt = self.chunked(inputs.dt)
         # a_i in powers of two: exp2 is faster than exp
-        a = self.running_sum(self.dt * (inputs.A * _LOG2E), reverse)
-        end = a[:, :, :1] if reverse else a[:, :, -1:]
-        self.a = a.transpose(2, 3).contiguous()  # (B, c, H, Q)
-        self.from_start = torch.exp2(a)
-        self.to_end = torch.exp2(end - a)
-        self.decay = torch.exp2(end[:, :, 0])  # (B, c, H), over the whole chunk
-        self.write = self.to_end * self.dt
+        self.a = self.running_sum(self.dt * (inputs.A * _LOG2E), reverse)
+        first, last = self.a[:, :, :1], self.a[:, :, -1:]
+        if reverse:
+            first, last = last, first
+        self.steep = not (first - last).max() <= _STEEP
+        middle = last if self.steep else (first + last) / 2
+        fade = self.a if self.steep else self.a - middle
+        start = torch.zeros_like(middle) if self.steep else middle
+        self.fade = torch.exp2(fade)
+        self.reach = torch.exp2(middle - self.a)
+        self.write = self.reach * self.dt
+        self.start, self.end, self.decay, self.rest = (
+            torch.exp2(v.squeeze(2))
+            for v in (start, last - middle, last, last - (last - middle) - start)
+        )
 
     def chunked(self, v: Tensor) -> Tensor:
         """(B, T, ...) -> (B, c, Q, ...), a view."""
@@ -401,7 +424,7 @@ class _Chunks:
         """As many chunks at a time as fit the budget, in the order of the run or against it."""
         batch, count, _, heads = self.dt.shape
         room = _GPU_BLOCK if self.dt.is_cuda else _CPU_BLOCK
-        size = max(1, room // (batch * heads * self.q * self.q))
+        size = max(1, room // (batch * heads * self.q * self.inputs.x.shape[3]))
         cuts = [slice(i, min(i + size, count)) for i in range(0, count, size)]
         for cut in cuts if backwards == self.reverse else reversed(cuts):
             yield _Block(self, cut)
@@ -412,22 +435,23 @@ class _Block:
 
     def __init__(self, part: _Chunks, cut: slice) -> None:
         inputs, q = part.inputs, part.q
-        start = part.time.start
-        self.q, self.reverse, self.kind = q, part.reverse, part.dt.dtype
-        self.time = slice(start + cut.start * q, start + cut.stop * q)
+        begin = part.time.start
+        self.part, self.q, self.kind = part, q, part.dt.dtype
+        self.time = slice(begin + cut.start * q, begin + cut.stop * q)
+        self.slice = cut
         self.count = cut.stop - cut.start
         self.last = 0 if part.reverse else -1  # the step at which a chunk hands its state on
         self.x = self.load(inputs.x)  # (R, Q, H, P)
         self.B = self.load(inputs.B)  # (R, Q, N)
         self.C = self.load(inputs.C)
         self.shape = self.x.shape
-        self.dt, self.from_start, self.to_end, write = (
+        self.dt, self.fade, self.reach, self.write = (
             v[:, cut].flatten(0, 1).unsqueeze(3)  # (R, Q, H, 1)
-            for v in (part.dt, part.from_start, part.to_end, part.write)
+            for v in (part.dt, part.fade, part.reach, part.write)
         )
-        self.a = part.a[:, cut].flatten(0, 2)  # (R * H, Q)
-        self.decay = part.decay[:, cut]  # (B, c, H)
-        self.xw = self.x * write
+        self.rest = part.rest[:, cut].flatten(0, 1)  # (R, H)
+        self.own = (self.C * self.B).sum(2)[:, :, None, None]  # (R, Q, 1, 1), the diagonal of G
+        self.written = (self.x * self.write).flatten(2)  # (R, Q, HP)
 
     def load(self, v: Tensor) -> Tensor:
         """The block's steps of (B, T, ...) as (R, Q, ...); a view where that is possible."""
@@ -437,64 +461,82 @@ class _Block:
         """The block's steps of (B, T, ...) as (B, c, Q, ...), to write to."""
         return v[:, self.time].unflatten(1, (self.count, self.q))
 
-    def by_sequence(self, v: Tensor) -> Tensor:
+    def sequences(self, v: Tensor) -> Tensor:
         """(R, ...) -> (B, c, ...), a view."""
         return v.unflatten(0, (-1, self.count))
 
-    def by_head(self, v: Tensor) -> Tensor:
+    def heads(self, v: Tensor) -> Tensor:
         """(R * H, ...) -> (R, H, ...), a view."""
         return v.unflatten(0, (-1, self.shape[2]))
 
     def heads_last(self, v: Tensor) -> Tensor:
         """(R * H, Q, P) -> (R, Q, H, P), a view."""
-        return self.by_head(v).transpose(1, 2)
+        return self.heads(v).transpose(1, 2)
 
     def heads_first(self, v: Tensor, factor: Tensor | None = None) -> Tensor:
         """(R, Q, H, P) -> (R * H, Q, P), contiguous; times `factor` (R, Q, H, 1)."""
         turned = v.transpose(1, 2)
-        if factor is None:
-            return turned.flatten(0, 1)
-        place = torch.empty(turned.shape, dtype=v.dtype, device=v.device)
-        return torch.mul(turned, factor.transpose(1, 2), out=place).flatten(0, 1)
+        return (turned if factor is None else turned * factor.transpose(1, 2)).flatten(0, 1)
+
+    def per_head(self, v: Tensor) -> Tensor:
+        """Sum of (R, HP) over the channels of each head: (R, H)."""
+        return v.unflatten(1, (self.shape[2], -1)).sum(2)
+
+    def rows(self, v: Tensor) -> Tensor:
+        """A factor of whole chunks (B, c, H) -> (R, 1, HP)."""
+        return v[:, self.slice].flatten(0, 1).repeat_interleave(self.shape[3], 1).unsqueeze(1)
 
     def pass_states(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """States at the start of each chunk (R, N, HP), from the one before the block (B, N, HP).
+        """`start` h_start of each chunk (R, N, HP), from the state before the block (B, N, HP).
 
         Also the state after the block.
         """
-        return self._pass_on(torch.bmm(self.B.mT, self.xw.flatten(2)), h, self.reverse)
+        added = torch.bmm(self.B.mT, self.written).mul_(self.rows(self.part.end))
+        starts, h = self._pass_on(added, h, self.part.reverse)
+        return starts.mul_(self.rows(self.part.start)), h
 
-    def pass_gradients(self, through: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the states at the end of each chunk, and of the state before the block.
+    def pass_gradients(self, faded: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of h_end / `end` of each chunk (R, N, HP), and of the state before the block.
 
-        `through` (R, N, HP) is what reaches the start of each chunk from within it, `g` (B, N, HP)
-        what reaches the end of the block.
+        `faded` (R, Q, HP) is the gradient of the output, faded like it; `g` (B, N, HP) what reaches
+        the end of the block.
         """
-        return self._pass_on(through, g, not self.reverse)
+        through = torch.bmm(self.C.mT, faded).mul_(self.rows(self.part.start))
+        ends, g = self._pass_on(through, g, not self.part.reverse)
+        return ends.mul_(self.rows(self.part.end)), g
 
     def _pass_on(self, added: Tensor, h: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
         """From chunk to chunk: h becomes decay * h + added. All h before a chunk, and the last."""
         order = range(self.count)[::-1] if backwards else range(self.count)
         before = torch.empty_like(added)
-        add, seen = self.by_sequence(added).unbind(1), self.by_sequence(before).unbind(1)
-        decay = self.decay.repeat_interleave(self.shape[3], 2).unsqueeze(2).unbind(1)
+        add, seen, decay = (
+            self.sequences(v).unbind(1) for v in (added, before, self.rows(self.part.decay))
+        )
         seen[order[0]].copy_(h)
         for i, following in pairwise(order):
             torch.addcmul(add[i], seen[i], decay[i], out=seen[following])
         i = order[-1]
         return before, torch.addcmul(add[i], seen[i], decay[i])
 
-    def cut(self, v: Tensor, diagonal: int = 0) -> Tensor:
-        """Zero in place where a step would hear from one that comes later in the run."""
-        return v.triu_(diagonal) if self.reverse else v.tril_(-diagonal)
+    def read(self, starts: Tensor) -> Tensor:
+        """What the steps hear of the others, before it fades: (R, Q, H, P)."""
+        seen = torch.bmm(self.C, starts)
+        if not self.part.steep:
+            seen.baddbmm_(self.scores(), self.written)
+        return seen.view(self.shape)
+
+    def cut(self, v: Tensor, diagonal: int) -> Tensor:
+        """Zero in place where a step would hear from later in the run; 1: or from itself."""
+        return v.triu_(diagonal) if self.part.reverse else v.tril_(-diagonal)
 
     def scores(self) -> Tensor:
-        """G = C B^T (R, Q, Q), zero where a step comes too late."""
-        return self.cut(torch.bmm(self.C, self.B.mT))
+        """G = C B^T (R, Q, Q) between each step and those before it."""
+        return self.cut(torch.bmm(self.C, self.B.mT), 1)
 
     def decays(self) -> Tensor:
         """L (R * H, Q, Q), valid where G is not cut to zero.
 
         Where it is, a_i - a_j would be positive and could overflow: the difference is cut to zero.
         """
-        return (self.a.unsqueeze(2) - self.a.unsqueeze(1)).clamp_(max=0).exp2_()
+        a = self.part.a[:, self.slice].transpose(2, 3).flatten(0, 2)  # (R * H, Q)
+        return (a.unsqueeze(2) - a.unsqueeze(1)).clamp_(max=0).exp2_()
