@@ -140,6 +140,7 @@ def once(
         "first": seconds[0],
         "peak_mib": after - before,
         "loaded_mib": before,
+        "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "gemm_gflops": multiplication_rate(device),
     }
@@ -228,7 +229,6 @@ def main(script: str, configuration: str, build: Callable[[], PointGrounder]) ->
         "configuration": configuration,
         "precision": "bf16 autocast" if arguments.bf16 else "float32",
         "device": arguments.device,
-        "threads": arguments.threads,
         "exponents": exponents(rows),
         "environment": environment(),
         "rows": rows,
