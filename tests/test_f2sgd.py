@@ -1,5 +1,6 @@
 """F2SGD, its rivals, their losses, and the large convolution, against slow readable forms."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -101,6 +102,23 @@ class TestSquareConvolution:
         assert torch.allclose(
             layer(x, mask)[..., :5, :5], layer(x[..., :5, :5], mask[..., :5, :5]), atol=1e-12
         )
+
+    def test_a_kernel_kept_ready_follows_its_weights(self):
+        layer = shaken(SquareConvolution(2, 3, 7))
+        mask = torch.ones(1, 1, 12, 14, dtype=torch.bool)
+        x = torch.randn(1, 2, 12, 14, dtype=torch.float64)
+        for _ in range(3):
+            expected = F.conv2d(x, layer.weight, layer.bias, padding=3)
+            for _ in range(2):  # made, then found
+                with torch.inference_mode():
+                    assert torch.allclose(layer(x, mask), expected, atol=1e-10)
+            assert torch.allclose(deepcopy(layer)(x, mask), expected, atol=1e-10)
+            with torch.no_grad():
+                layer.weight.mul_(1.5)
+        narrow = x[..., :9]
+        with torch.inference_mode():
+            expected = F.conv2d(narrow, layer.weight, layer.bias, padding=3)
+            assert torch.allclose(layer(narrow, mask[..., :9]), expected, atol=1e-10)
 
     @given(st.integers(1, 3000))
     def test_fast_lengths(self, least):

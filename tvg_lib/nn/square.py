@@ -44,7 +44,7 @@ class _FourierConvolution(torch.autograd.Function):
         size = (fast_length(rows + half), fast_length(columns + half))
         x_hat = torch.fft.rfft2(x, s=size)  # (Q, I, F, G)
         w_hat = torch.fft.rfft2(_centred(weight, size))  # (O, I, F, G)
-        y = torch.fft.irfft2(_mix(x_hat, w_hat.conj()), s=size)
+        y = torch.fft.irfft2(_mix(x_hat, _blocks(w_hat.conj())), s=size)
         ctx.save_for_backward(x_hat, w_hat)
         ctx.sizes = (rows, columns, size, weight.shape[-1])
         return y[..., :rows, :columns]
@@ -56,32 +56,38 @@ class _FourierConvolution(torch.autograd.Function):
         g_hat = torch.fft.rfft2(gradient, s=size)  # (Q, O, F, G)
         x_gradient = weight_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = torch.fft.irfft2(_mix(g_hat, w_hat.transpose(0, 1)), s=size)
+            blocks = _blocks(w_hat.transpose(0, 1))
+            x_gradient = torch.fft.irfft2(_mix(g_hat, blocks), s=size)
             x_gradient = x_gradient[..., :rows, :columns]
         if ctx.needs_input_grad[1]:
             # Correlation of input and gradient, read at the shifts that the kernel has.
-            product = _mix(g_hat.conj().transpose(0, 1), x_hat.transpose(0, 1))  # (O, I, F, G)
+            blocks = _blocks(x_hat.transpose(0, 1))
+            product = _mix(g_hat.conj().transpose(0, 1), blocks)  # (O, I, F, G)
             shifts = torch.fft.irfft2(product, s=size)
             half = kernel // 2
             weight_gradient = shifts.roll((half, half), (-2, -1))[..., :kernel, :kernel]
         return x_gradient, weight_gradient
 
 
-def _mix(x: Tensor, w: Tensor) -> Tensor:
-    """Sum over channels at every frequency: (Q, I, F, G), (O, I, F, G) to (Q, O, F, G).
+def _blocks(w: Tensor) -> Tensor:
+    """A kernel's transform (O, I, F, G) as real matrices (FG, 2 I, 2 O), one per frequency.
 
-    Complex numbers as pairs of reals, (a + bi)(c + di) as a 2 x 2 block: a batch of small complex
+    Complex numbers as pairs of reals, a factor c + di as a 2 x 2 block: a batch of small complex
     products is several times slower than one of real products twice as wide.
     """
-    grid = x.shape[-2:]
-    pairs = torch.view_as_real(x.resolve_conj()).flatten(2, 3)  # (Q, I, FG, 2)
-    pairs = pairs.permute(2, 0, 1, 3).flatten(2)  # (FG, Q, 2 I)
     real, imaginary = torch.view_as_real(w.resolve_conj()).flatten(2, 3).permute(3, 2, 1, 0)
     blocks = torch.stack(
         [torch.stack([real, imaginary], -1), torch.stack([-imaginary, real], -1)], dim=2
     )  # (FG, I, 2, O, 2)
-    mixed = torch.bmm(pairs, blocks.flatten(3).flatten(1, 2)).unflatten(-1, (-1, 2))
-    return torch.view_as_complex(mixed.permute(1, 2, 0, 3).contiguous()).unflatten(-1, grid)
+    return blocks.flatten(3).flatten(1, 2)
+
+
+def _mix(x: Tensor, blocks: Tensor) -> Tensor:
+    """Sum over channels at every frequency: (Q, I, F, G), (FG, 2 I, 2 O) to (Q, O, F, G)."""
+    pairs = torch.view_as_real(x.resolve_conj()).flatten(2, 3)  # (Q, I, FG, 2)
+    pairs = pairs.permute(2, 0, 1, 3).flatten(2)  # (FG, Q, 2 I)
+    mixed = torch.bmm(pairs, blocks).unflatten(-1, (-1, 2)).permute(1, 2, 0, 3)
+    return torch.view_as_complex(mixed.contiguous()).unflatten(-1, x.shape[-2:])
 
 
 def _centred(weight: Tensor, size: tuple[int, int]) -> Tensor:
@@ -121,6 +127,33 @@ class SquareConvolution(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)
+        self._ready: tuple[tuple, Tensor] | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_ready": None}
+
+    def train(self, mode: bool = True) -> "SquareConvolution":
+        """Also forgets the kernel kept ready, for weights that were changed behind its back."""
+        self._ready = None
+        return super().train(mode)
+
+    def _without_gradient(self, x: Tensor) -> Tensor:
+        """`fourier_convolution` whose kernel is transformed once, until the weights change.
+
+        With one map a call, the transforms of the kernels would be most of the work.
+        """
+        rows, columns = x.shape[-2:]
+        half = self.kernel_size[0] // 2
+        size = (fast_length(rows + half), fast_length(columns + half))
+        weight = self.weight
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            key = (size, dtype, weight.device, weight.data_ptr(), weight._version)
+            if self._ready is None or self._ready[0] != key:
+                w_hat = torch.fft.rfft2(_centred(weight.detach().to(dtype), size))
+                self._ready = (key, _blocks(w_hat.conj()))
+            mixed = _mix(torch.fft.rfft2(x.to(dtype), s=size), self._ready[1])
+            return torch.fft.irfft2(mixed, s=size)[..., :rows, :columns]
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Args: x (Q, C, N, M), mask (Q, 1, N, M); invalid cells are read as zero."""
@@ -128,7 +161,9 @@ class SquareConvolution(nn.Conv2d):
         kernel = self.kernel_size[0]
         if kernel <= DIRECT_UP_TO or min(x.shape[-2:]) < kernel:
             return super().forward(x)
-        return fourier_convolution(x, self.weight) + self.bias[:, None, None]
+        if torch.is_grad_enabled():
+            return fourier_convolution(x, self.weight) + self.bias[:, None, None]
+        return self._without_gradient(x) + self.bias[:, None, None]
 
     def multiplications(self, rows: int, columns: int) -> dict[str, int]:
         """Real multiplications per map of the direct and (about) of the Fourier way."""
