@@ -197,7 +197,7 @@ class TinyFrames(nn.Module):
         device = self.cones.weight.device
         rows = [np.empty((0, self.dim), np.float32)]
         for start in range(0, len(windows), self.BATCH):
-            part = torch.from_numpy(np.array(windows[start : start + self.BATCH]))  # torch wants to write
+            part = torch.from_numpy(np.array(windows[start : start + self.BATCH]))
             rows.append(self(part.to(device)).cpu().numpy())
         return np.concatenate(rows)
 
