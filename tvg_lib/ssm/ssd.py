@@ -115,9 +115,8 @@ def ssd_scan(
         initial_state: (B, H, P, N), state before the first step; zeros if None.
         reverse: run from the last step to the first, as if all inputs were flipped along time and
             the output flipped back (nothing is flipped in PyTorch).
-        chunk_size: steps that attend to one another directly. None: 64 in PyTorch (the fastest of
-            32, 64, 128, 256 on two CPU cores), 256 in the kernel. It never changes the result
-            beyond rounding.
+        chunk_size: steps that attend to one another directly. None: 64 in PyTorch, 256 in the
+            kernel. It never changes the result beyond rounding.
         backend: see `tvg_lib.ssm.Backend`.
 
     Returns:
