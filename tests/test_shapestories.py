@@ -390,7 +390,9 @@ def test_a_circle_is_what_a_fine_raster_says() -> None:
     half = np.arange(64)[None, :] > pose.x[0, 0] + 2  # the half that is not marked
     right = full & half
     np.testing.assert_allclose(drawn[right], np.broadcast_to(green, drawn[right].shape), atol=2)
-    np.testing.assert_array_equal(drawn[cover == 0].round(), under[cover == 0].round())
+    middle = np.arange(64) + 0.5
+    away = np.hypot(middle[None] - pose.x[0, 0], middle[:, None] - pose.y[0, 0]) - radius
+    np.testing.assert_array_equal(drawn[away > 1], under[away > 1])
     edge = (cover > 0) & (cover < 1) & half
     seen = ((drawn - under) @ (green - under.mean((0, 1)))) / ((green - under) ** 2).sum(-1)
     blend = np.abs((drawn - under).sum(-1) / (green - under).sum(-1) - cover)[edge]
@@ -436,7 +438,7 @@ def test_actions_show_what_they_are_called(verb: str) -> None:
         assert 0.4 < visible.mean() < 0.6
         assert (np.diff(visible.astype(int)) != 0).sum() > 10
     elif verb == "bump":
-        touching = distance < 15
+        touching = distance < 20
         assert (np.diff(touching.astype(int)) == 1).sum() == 4  # runs up to it four times
     elif verb == "circle":
         turned = np.unwrap(np.arctan2(seen["y"] - other["y"], seen["x"] - other["x"])[40:-40])
@@ -515,17 +517,21 @@ def test_pairs_are_true_and_known_to_be() -> None:
     source = PairSource(frames=4, window=2.0, films=12)
     windows, sentences, matches = source(np.random.default_rng(3), 64)
     assert windows.shape == (64, 4, 64, 64, 3)
-    assert matches.diagonal().all()
+    assert len(sentences) == 64 * source.sentences
+    own = np.arange(len(sentences)) // source.sentences
+    assert matches.shape == (64, len(sentences))
+    assert matches[own, np.arange(len(sentences))].all()
     again = source(np.random.default_rng(3), 64)
     np.testing.assert_array_equal(windows, again[0])
     assert sentences == again[1]
-    assert 1 < matches.sum(1).mean() < 16  # some are true of several windows, most are not
+    # Some sentences are true of several windows, most windows do not show what others show.
+    assert 1 < matches.sum(0).mean() < 24
     kinds = {type(parse(text)) for text in sentences}
     assert {Deed, Presence, Setting} <= kinds
     assert not any(unseen(parse(text)) for text in sentences)
     for i, j in np.argwhere(matches)[:200]:
         # Equal sentences are true of the same windows.
-        same = [k for k in range(64) if sentences[k] == sentences[j]]
+        same = [k for k in range(len(sentences)) if sentences[k] == sentences[j]]
         assert matches[i, same].all()
 
 
