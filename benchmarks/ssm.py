@@ -401,14 +401,17 @@ def scaling(device: str, rounds: int, lengths: list[int]) -> Iterator[tuple[str,
 
 
 def plot(files: list[Path], out: Path) -> None:
-    """Times side by side, and growth with length, from the records."""
+    """Processor time side by side, and its growth with length, from records of the CPU.
+
+    Processor time, because the wall clock of a busy machine says little.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     records = [json.loads(path.read_text()) for path in files]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 9), width_ratios=[3, 2])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 9), width_ratios=[3, 2])
     labels, values, colours = [], [], []
     for record in records:
         if record["what"] == "scaling":
@@ -417,19 +420,23 @@ def plot(files: list[Path], out: Path) -> None:
             for mode in ("forward", "forward + backward"):
                 for way, row in modes[mode].items():
                     labels.append(f"{case}, {mode}: {way}")
-                    values.append(1e3 * row["seconds"])
+                    values.append(1e3 * row["processor_seconds"])
                     colours.append("tab:blue" if way.startswith("ours") else "tab:gray")
     left.barh(range(len(labels)), values, color=colours)
-    left.set_yticks(range(len(labels)), labels, fontsize=7)
+    left.set_yticks(range(len(labels)), labels, fontsize=6)
     left.invert_yaxis()
-    left.set(xscale="log", xlabel="milliseconds (median)")
+    left.set(xscale="log", xlabel="milliseconds of processor time (median)")
     for record in records:
         if record["what"] != "scaling":
             continue
         for name, row in record["cases"].items():
             style = "--" if "backward" in name else "-"
-            right.plot(row["lengths"], row["seconds"], style, marker="o", ms=3, label=name)
-    right.set(xscale="log", yscale="log", xlabel="steps", ylabel="seconds (median)")
+            right.plot(
+                row["lengths"], row["processor_seconds"], style, marker="o", ms=3, label=name
+            )
+    right.set(
+        xscale="log", yscale="log", xlabel="steps", ylabel="seconds of processor time (median)"
+    )
     right.legend(fontsize=7)
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
