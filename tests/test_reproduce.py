@@ -392,6 +392,18 @@ def test_a_code_fingerprint_follows_what_the_code_does(
     assert (code_fingerprint("lib.a", package=package) != before) is changes
 
 
+def test_what_is_imported_from_the_package_itself_is_found(package: Path) -> None:
+    (package / "__init__.py").write_text(
+        "def __getattr__(name):\n    from lib.b import X\n    from lib.e import W\n"
+    )
+    (package / "a.py").write_text("from lib import X\n")
+    before = code_fingerprint("lib.a", package=package)
+    (package / "e.py").write_text("W = 2\n")
+    assert code_fingerprint("lib.a", package=package) == before
+    (package / "b.py").write_text("X = 2\n")
+    assert code_fingerprint("lib.a", package=package) != before
+
+
 def test_a_fingerprint_does_not_depend_on_order_and_takes_modules(package: Path) -> None:
     one = code_fingerprint("lib.b", "lib.e", package=package)
     assert one == code_fingerprint("lib.e", "lib.b", "lib.b", package=package)

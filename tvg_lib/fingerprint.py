@@ -29,7 +29,8 @@ def code_fingerprint(*modules: ModuleType | str, package: Path = PACKAGE) -> str
 
     The syntax tree is hashed without docstrings and comments. Imports are followed wherever they
     stand, inside functions too; a module outside the package is not followed. The package's own
-    `__init__` (its version number) and its drawing code are left out.
+    `__init__` is left out, but what is imported from it is found where it is defined. Drawing code
+    is left out, too.
 
     Args:
         modules: modules of the package, or their dotted names.
@@ -47,14 +48,16 @@ def code_fingerprint(*modules: ModuleType | str, package: Path = PACKAGE) -> str
     while waiting:
         name = waiting.pop()
         source = _source(name, package)
-        if name in code or source is None or name == f"{package.name}.{DRAWING}":
+        if source is None:
+            waiting += _defined_in(name, package)
+            continue
+        if name in code or name in (package.name, f"{package.name}.{DRAWING}"):
             continue
         tree = ast.parse(source.read_text(encoding="utf-8"), filename=str(source))
         is_package = source.name == "__init__.py"
         waiting += [n for n in imported_names(tree, name, is_package) if _inside(n, package)]
         waiting += _parents(name)
         code[name] = ast.unparse(_without_docstrings(tree))
-    code.pop(package.name, None)
     return value_fingerprint(code)
 
 
@@ -116,6 +119,19 @@ def _source(name: str, package: Path) -> Path | None:
         if candidate.is_file():
             return candidate
     return None
+
+
+def _defined_in(name: str, package: Path) -> list[str]:
+    """The modules that the package's `__init__` imports an attribute of its own from."""
+    attribute = name.removeprefix(f"{package.name}.")
+    tree = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
+    return [
+        node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        and node.module
+        and any(alias.name == attribute for alias in node.names)
+    ]
 
 
 def _parents(name: str) -> Iterator[str]:
