@@ -43,7 +43,7 @@ from tvg_lib.fingerprint import code_fingerprint, files_fingerprint, value_finge
 from tvg_lib.results import load_records, records_folder, save
 
 SCALES = ("smoke", "cpu", "full", "gpu")
-FIRST_REPORT = 90
+REPORTS = range(90, 93)
 PUBLISH = "PUBLISH"
 # Kernels run beside this process; their warning about unencrypted local traffic is no news.
 KERNEL: dict[str, Any] = {"kernel_name": "python3", "extra_arguments": ["--log-level=ERROR"]}
@@ -105,8 +105,8 @@ class Task:
 
     @property
     def is_report(self) -> bool:
-        """Whether the notebook shows what others recorded (numbers from 90 on)."""
-        return int(self.name[:2]) >= FIRST_REPORT
+        """Whether the notebook shows what others recorded (numbers 90 to 92)."""
+        return int(self.name[:2]) in REPORTS
 
     @property
     def output(self) -> Path:
