@@ -103,6 +103,15 @@ class TestSquareConvolution:
             layer(x, mask)[..., :5, :5], layer(x[..., :5, :5], mask[..., :5, :5]), atol=1e-12
         )
 
+    def test_weights_made_in_inference_mode_serve_and_may_change(self):
+        x, mask = torch.randn(1, 2, 30, 30), torch.ones(1, 1, 30, 30, dtype=torch.bool)
+        with torch.inference_mode():
+            layer = SquareConvolution(2, 3, 9)
+            for _ in range(2):
+                expected = F.conv2d(x, layer.weight, layer.bias, padding=4)
+                torch.testing.assert_close(layer(x, mask), expected, atol=1e-4, rtol=1e-4)
+                layer.weight.mul_(2)
+
     def test_a_kernel_kept_ready_follows_its_weights(self):
         layer = shaken(SquareConvolution(2, 3, 7))
         mask = torch.ones(1, 1, 12, 14, dtype=torch.bool)

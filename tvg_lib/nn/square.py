@@ -161,7 +161,8 @@ class SquareConvolution(nn.Conv2d):
         kernel = self.kernel_size[0]
         if kernel <= DIRECT_UP_TO or min(x.shape[-2:]) < kernel:
             return super().forward(x)
-        if torch.is_grad_enabled():
+        # Weights that were made in inference mode do not say when they change.
+        if torch.is_grad_enabled() or self.weight.is_inference():
             return fourier_convolution(x, self.weight) + self.bias[:, None, None]
         return self._without_gradient(x) + self.bias[:, None, None]
 
