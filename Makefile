@@ -4,7 +4,7 @@
 #   ONLY=05,90                 these notebooks only
 #   FORCE=1                    run what is unchanged, too
 #   PYTHON=python3.12          interpreter for the environments (3.11 to 3.13)
-#   JOBS=2                     tests and notebooks side by side
+#   JOBS=2                     notebooks and tests side by side (at the gpu scale always one)
 #   MAMBA_SSM=                 leave mamba-ssm, and the comparison with it, out of `make test`
 
 PYTHON ?= python3
@@ -18,7 +18,8 @@ MAMBA_SSM ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),mam
 VENV := .venv
 TEST_VENV := .venv-test
 RUN := $(VENV)/bin/python -m tvg_lib.reproduce
-NARROW := $(if $(ONLY),--only $(ONLY)) $(if $(FORCE),--force)
+# At the gpu scale one notebook at a time has the GPU.
+NARROW := $(if $(ONLY),--only $(ONLY)) $(if $(FORCE),--force) $(if $(filter-out gpu,$(SCALE)),--jobs $(JOBS))
 TEST_PIP := $(TEST_VENV)/bin/python -m pip install -q --retries 2 -c constraints.txt
 NBVAL := --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 600
 

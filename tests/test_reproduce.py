@@ -114,6 +114,46 @@ def test_a_failing_notebook_is_kept_the_others_go_on_and_the_next_run_tries_it_a
     assert "06_sound: unchanged" in shown
 
 
+def test_notebooks_side_by_side_share_the_cores_and_reports_come_last(
+    checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the two waits for the other, so one after the other they would never end."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    meet = (
+        "import os, time\nhere = Path({here!r})\nhere.touch()\nend = time.monotonic() + 60\n"
+        "while not Path({there!r}).exists():\n    assert time.monotonic() < end\n"
+        "    time.sleep(0.05)\nprint(os.environ['OMP_NUM_THREADS'])"
+    )
+    first, second = str(checkout / "first"), str(checkout / "second")
+    add(checkout, "05_a", meet.format(here=first, there=second))
+    add(checkout, "06_b", meet.format(here=second, there=first))
+    add(
+        checkout,
+        "90_tables",
+        "stamps = Path('..', 'runs', 'cpu', 'notebooks').glob('*.stamp.json')\n"
+        "print(sorted(stamp.stem for stamp in stamps))",
+    )
+    assert main(["--scale", "cpu", "--jobs", "2"]) == 0
+    assert "3 of 3 notebooks" in capsys.readouterr().out
+    assert outputs(Task(checkout / "notebooks/05_a.ipynb", "cpu").output) == "3\n"
+    report = outputs(Task(checkout / "notebooks/90_tables.ipynb", "cpu").output)
+    assert report == "['05_a.stamp', '06_b.stamp']\n"
+
+
+def test_a_killed_notebook_is_named_and_the_others_go_on(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when memory runs out and the system ends the process that holds the notebook."""
+    kill = "import os, signal, psutil\nos.kill(psutil.Process().ppid(), signal.SIGKILL)"
+    add(checkout, "05_killed", kill + "\nimport time\ntime.sleep(60)")
+    add(checkout, "06_sound", "print('sound')")
+    assert main(["--scale", "smoke"]) == 1
+    shown = capsys.readouterr().out
+    assert "05_killed: FAILED (its process ended with status -9)" in shown
+    assert "06_sound: done" in shown
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_resumes_with_the_notebook_it_was_in(checkout: Path, number: int) -> None:
     slow = checkout / "slow"

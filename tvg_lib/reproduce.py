@@ -8,6 +8,7 @@ others recorded, and depend on the records too. A notebook that fails is kept as
 others go on, and the exit status is 1.
 
     --only 05,90      these notebooks only
+    --jobs 2          notebooks side by side, each with its share of the cores
     --force           run even what is unchanged
     --list            show what would run, and why
     --publish         maintainers: copy this scale's fresh records to `results/records/<scale>/`
@@ -24,10 +25,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +87,10 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a finished notebook leaves: the key of all it depended on, and what it wrote."""
+    """What a finished notebook leaves: the key of all it depended on, and what it wrote.
+
+    With what others wrote meanwhile: a file too many makes a notebook run once too often at worst.
+    """
 
     key: str
     seconds: float
@@ -155,7 +163,7 @@ class Task:
         there = self.output.is_file() and all((folder / a).is_file() for a in stamp.artifacts)
         return stamp if there else None
 
-    def run(self, on_cell: Any) -> float:
+    def run(self, on_cell: Callable[[], None]) -> float:
         """Execute the notebook and leave a stamp; returns the seconds it took.
 
         Args:
@@ -242,10 +250,11 @@ def select(only: str | None, candidates: Sequence[Path]) -> list[Path]:
     return [p for p in candidates if p in chosen]
 
 
-def reproduce(tasks: Sequence[Task], *, force: bool = False) -> dict[str, str]:
-    """Run notebooks in order, with one progress display; returns what became of each, by name.
+def reproduce(tasks: Sequence[Task], *, force: bool = False, jobs: int = 1) -> dict[str, str]:
+    """Run notebooks with one progress display; returns what became of each, by name.
 
-    Every parameter file is checked before the first notebook starts.
+    They start in order, up to `jobs` at a time; reports start when all others have ended. Every
+    parameter file is checked before the first notebook starts.
 
     Raises:
         ConfigurationError: a parameter is wrong, or another run of this scale is going on.
@@ -256,35 +265,118 @@ def reproduce(tasks: Sequence[Task], *, force: bool = False) -> dict[str, str]:
     sizes = {t.name: len(notebooks.code_cells(notebooks.load(t.source))) for t in tasks}
     outcome: dict[str, str] = {}
     with _locked(tasks[0].scale), _progress(sum(sizes.values())) as bar:
-        for number, task in enumerate(tasks, start=1):
-            bar.set_description(f"{task.name} ({number} of {len(tasks)})")
-            done_before = bar.n
-            stamp = None if force else task.stamp()
-            if stamp is not None and stamp.key == task.key():
-                outcome[task.name] = f"unchanged (took {stamp.seconds:.0f} s)"
-                bar.total -= sizes[task.name]
-                bar.refresh()
-            else:
-                outcome[task.name] = _attempt(task, bar)
-                bar.update(done_before + sizes[task.name] - bar.n)
-            bar.write(f"{task.name}: {outcome[task.name]}", file=sys.stdout)
-    return outcome
+        for reports in (False, True):
+            changed = []
+            for task in tasks:
+                if task.is_report != reports:
+                    continue
+                stamp = None if force else task.stamp()
+                if stamp is not None and stamp.key == task.key():
+                    outcome[task.name] = f"unchanged (took {stamp.seconds:.0f} s)"
+                    bar.total -= sizes[task.name]
+                    bar.write(f"{task.name}: {outcome[task.name]}", file=sys.stdout)
+                else:
+                    changed.append(task)
+            _side_by_side(changed, jobs, sizes, bar, outcome)
+    return {task.name: outcome[task.name] for task in tasks}
 
 
-def _attempt(task: Task, bar: tqdm) -> str:
+@dataclass
+class _Running:
+    """A notebook under way: its process, and how many of its cells have run."""
+
+    task: Task
+    process: SpawnProcess
+    cells: int = 0
+
+
+def _side_by_side(
+    tasks: Sequence[Task],
+    jobs: int,
+    sizes: Mapping[str, int],
+    bar: tqdm,
+    outcome: dict[str, str],
+) -> None:
+    """Run notebooks in processes of their own, `jobs` at a time; fills `outcome`."""
+    context = get_context("spawn")  # a fork of a process with threads may hang
+    waiting, running = deque(tasks), dict[Connection, _Running]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                task = waiting.popleft()
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_attempt, args=(task, sender))
+                with environment(_share_of_cores(jobs)):
+                    process.start()
+                sender.close()  # the child's end is the only one, so its death is seen
+                running[receiver] = _Running(task, process)
+            bar.set_description(", ".join(one.task.name for one in running.values()))
+            for receiver in wait(list(running)):
+                one = running[receiver]
+                try:
+                    end = receiver.recv()
+                except EOFError:
+                    one.process.join()
+                    end = f"FAILED (its process ended with status {one.process.exitcode})"
+                if end is None:
+                    one.cells += 1
+                    bar.update()
+                    continue
+                name = one.task.name
+                one.process.join()
+                del running[receiver]
+                bar.update(sizes[name] - one.cells)
+                outcome[name] = end.splitlines()[-1]
+                bar.write(
+                    "\n".join([*end.splitlines()[:-1], f"{name}: {outcome[name]}"]), sys.stdout
+                )
+    finally:
+        for one in running.values():
+            one.process.terminate()
+        for one in running.values():
+            one.process.join()
+
+
+def _share_of_cores(jobs: int) -> dict[str, str]:
+    """Threads of each notebook when several run: with all cores each, they wait for one another."""
+    if jobs == 1:
+        return {}
+    share = str(max(1, (os.cpu_count() or 1) // jobs))
+    return {"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share} | dict(os.environ)
+
+
+def _attempt(task: Task, sender: Connection) -> None:
+    """Run a notebook in this process; sends None after each cell, at last what became of it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(KeyboardInterrupt):
+        sender.send(_run(task, lambda: sender.send(None)))
+
+
+def _end_with_parent() -> None:
+    """Stop this process, and the kernel with it, when the runner is killed."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(task: Task, on_cell: Callable[[], None]) -> str:
+    """What became of a notebook, in the last line; before it, why it failed."""
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    text = ""
     try:
-        return f"done in {task.run(bar.update):.0f} s"
+        return f"done in {task.run(on_cell):.0f} s"
     except PapermillExecutionError as error:
         lines = _ANSI.sub("", "\n".join(error.traceback)).splitlines()
         text = "\n".join(["...", *lines[-30:]] if len(lines) > 30 else lines)
-        bar.write(f"\n{task.name}, cell [{error.exec_count}]:\n{text}\n", file=sys.stdout)
+        text = f"\n{task.name}, cell [{error.exec_count}]:\n{text}\n\n"
         reason = f"{error.ename}: {error.evalue}".splitlines()[0]
     except DeadKernelError:
         reason = "the kernel died (out of memory?)"
-    return f"FAILED ({reason}); kept as runs/{task.scale}/notebooks/{task.name}.ipynb"
+    return f"{text}FAILED ({reason}); kept as runs/{task.scale}/notebooks/{task.name}.ipynb"
 
 
 @contextmanager
@@ -437,6 +529,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--only", metavar="05,90")
+    parser.add_argument("--jobs", type=int, default=1, metavar="2")
     parser.add_argument("--force", action="store_true")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--list", action="store_true")
@@ -456,7 +549,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             _show(tasks)
             return 0
-        outcome = reproduce(tasks, force=options.force)
+        if options.jobs < 1:
+            raise ConfigurationError(f"--jobs must be at least 1, found {options.jobs}")
+        outcome = reproduce(tasks, force=options.force, jobs=options.jobs)
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
