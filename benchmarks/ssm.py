@@ -4,13 +4,14 @@
     python benchmarks/ssm.py layers --out benchmarks/results/ssm_layers_cpu.json
     python benchmarks/ssm.py scaling --out benchmarks/results/ssm_scaling_cpu.json
     python benchmarks/ssm.py scans --device cuda --out benchmarks/results/ssm_scans_cuda.json
-    python benchmarks/ssm.py plot benchmarks/results/ssm_*.json --out figures/ssm_benchmark.png
+    python benchmarks/ssm.py plot benchmarks/results/ssm_*_cpu.json --out figures/ssm_benchmark.png
 
 `scans` and `layers` take turns (ours, theirs, ours, theirs, ...) within one process and report
 medians, so a busy machine slows all alike; the load is recorded. Before timing, every contender's
 output is compared with ours on the same weights. A contender whose package is missing is recorded
 as such. Contenders: transformers' Mamba and Mamba-2 layers, mambapy, mamba-ssm's PyTorch references
-and, on a GPU, its kernels called directly.
+and, on a GPU, its kernels called directly; with `--compiled`, ours through torch.compile (on a CPU
+it needs a C++ compiler).
 """
 
 import argparse
@@ -401,46 +402,15 @@ def scaling(device: str, rounds: int, lengths: list[int]) -> Iterator[tuple[str,
 
 
 def plot(files: list[Path], out: Path) -> None:
-    """Processor time side by side, and its growth with length, from records of the CPU.
-
-    Processor time, because the wall clock of a busy machine says little.
-    """
+    """The figure of `tvg_lib.viz_ssm`, from records of one device."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from tvg_lib import viz, viz_ssm
 
-    records = [json.loads(path.read_text()) for path in files]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 9), width_ratios=[3, 2])
-    labels, values, colours = [], [], []
-    for record in records:
-        if record["what"] == "scaling":
-            continue
-        for case, modes in record["cases"].items():
-            for mode in ("forward", "forward + backward"):
-                for way, row in modes[mode].items():
-                    labels.append(f"{case}, {mode}: {way}")
-                    values.append(1e3 * row["processor_seconds"])
-                    colours.append("tab:blue" if way.startswith("ours") else "tab:gray")
-    left.barh(range(len(labels)), values, color=colours)
-    left.set_yticks(range(len(labels)), labels, fontsize=6)
-    left.invert_yaxis()
-    left.set(xscale="log", xlabel="milliseconds of processor time (median)")
-    for record in records:
-        if record["what"] != "scaling":
-            continue
-        for name, row in record["cases"].items():
-            style = "--" if "backward" in name else "-"
-            right.plot(
-                row["lengths"], row["processor_seconds"], style, marker="o", ms=3, label=name
-            )
-    right.set(
-        xscale="log", yscale="log", xlabel="steps", ylabel="seconds of processor time (median)"
-    )
-    right.legend(fontsize=7)
-    figure.tight_layout()
+    viz.use_house_style()
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    viz_ssm.draw_benchmark(viz_ssm.read_records(files)).savefig(out)
 
 
 def main() -> None:
