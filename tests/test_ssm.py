@@ -305,6 +305,12 @@ def test_fast_decay_neither_overflows_nor_loses_precision() -> None:
     exact = run(ssd_scan, inputs, backend="reference")
     ours = run(ssd_scan, {k: v.float() for k, v in inputs.items()}, backend="torch")
     assert_same(ours, exact, 2e-5)
+    # a single chunk: what its last step writes swamps what is left of all others
+    inputs = ssd_inputs(1, 64, torch.float64)
+    inputs["dt"] = inputs["dt"] + 6
+    inputs["A"] = -torch.tensor([1.0, 13.0, 60.0, 300.0]).double()
+    exact = run(ssd_scan, inputs, backend="reference")
+    assert_same(run(ssd_scan, {k: v.float() for k, v in inputs.items()}), exact, 1e-5)
     inputs6 = s6_inputs(1, 100, torch.float64)
     inputs6["dt"] = inputs6["dt"] + 8
     exact = run(s6_scan, inputs6, backend="reference")

@@ -251,8 +251,8 @@ class _SSD(torch.autograd.Function):
     each head gets its matrix of decays. Chunks are taken a block at a time, so that what is formed
     on the way stays in the cache. Kept for the backward pass: the inputs, the state at the start of
     each chunk (as many numbers as `x` when Q = N), and what each step hears of the others. What it
-    hears of itself does not decay; it is kept apart because the gradient of the decay is a
-    difference of sums that it would swamp.
+    hears of itself does not decay, nor what the last step of a chunk writes to its end; both are
+    kept apart because the gradient of the decay is a difference of sums that they would swamp.
 
     Rounding: a_i - a_j is a difference of sums over at most Q steps. Its error is at most about
     Q * eps * (mean step) and enters multiplied by exp(a_i - a_j), so it stays below 3e-6 for Q = 64
@@ -311,7 +311,9 @@ class _SSD(torch.autograd.Function):
                     dwritten = torch.bmm(block.B, ends)
                     # h_end, through both of its terms, depends on the sum over the chunk
                     da_end = block.per_head((ends * starts).sum(1)) * block.rest
-                    da_end += block.per_head((dwritten * block.written).sum(1))
+                    kept_on = dwritten * block.written
+                    kept_on[:, block.last] = 0  # the last step writes undecayed
+                    da_end += block.per_head(kept_on.sum(1))
                     if part.steep:  # others_i holds sum_{j < i} G_ij L_ij xd_j for each head
                         decays = block.decays()
                         attention = block.heads(decays) * block.scores().unsqueeze(1)
@@ -330,7 +332,9 @@ class _SSD(torch.autograd.Function):
                     if part.steep:
                         ddt_block += (dxd * block.x).sum(3, keepdim=True)
                         dx_block.addcmul_(dxd, block.dt)
-                    da_block = (others * out).sum(3, keepdim=True) - ddt_block * block.dt
+                    heard_later = ddt_block * block.dt
+                    heard_later[:, block.last] = 0  # by nobody in this chunk
+                    da_block = (others * out).sum(3, keepdim=True) - heard_later
                     da_block[:, block.last] += da_end.unsqueeze(2)
                     # what a step hears of itself, which does not decay
                     own, own_x = block.own * block.dt, out * block.x
