@@ -455,3 +455,13 @@ class TestTextEncoders:
         out, _ = encoder(text, mask_of([3]))
         expected = encoder.pool(mean, everything, everything, mask_of([4]))
         torch.testing.assert_close(out, torch.cat([expected, words], 1))
+
+
+@pytest.mark.parametrize("kind", ["feed-forward", "three taps"])
+def test_second_derivatives_are_refused_not_wrong(kind):
+    x = torch.randn(1, 9, 4, requires_grad=True)
+    y = FeedForward(4)(x)
+    if kind == "three taps":
+        y = winograd_convolution(x, mask_of([9]), torch.randn(4, 4, 3))
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)

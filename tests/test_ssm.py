@@ -259,6 +259,29 @@ def test_layers_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(call, (x, *leaves.values()), fast_mode=True)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_second_derivatives_are_refused_not_wrong(name: str) -> None:
+    layer = LAYERS[name]()
+    x = torch.randn(1, 9, layer.in_proj.in_features, requires_grad=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_may_be_compiled(name: str) -> None:
+    """The scan steps out of the graph; "aot_eager" traces as the compiler does, without one."""
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    x = torch.randn(2, 20, layer.in_proj.in_features, requires_grad=True)
+    mask = torch.arange(20) < torch.tensor([[20], [12]])
+    leaves = [x, *layer.parameters()]
+    outcome = []
+    for form in (layer, torch.compile(layer, backend="aot_eager")):
+        y = form(x, mask)
+        outcome.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    torch.testing.assert_close(outcome[1], outcome[0])
+
+
 @pytest.mark.parametrize("scan", [s6_scan, ssd_scan])
 def test_optional_arguments_may_be_absent(scan) -> None:
     inputs = (s6_inputs if scan is s6_scan else ssd_inputs)(2, 20, torch.float64)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tvg_lib.nn.gradients import first_order
+
 
 def thin_convolution(x: Tensor, weight: Tensor) -> Tensor:
     """`F.conv1d(padding=1)` by a weight (O, C, 3) with few outputs O; (B, T, O).
@@ -52,6 +54,7 @@ class _Depthwise(torch.autograd.Function):
             return _convolve(x, weight, bias, before, length)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         taps, length = weight.shape[1], x.shape[1]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tvg_lib.nn.dropout import Dropout, RandomBits
+from tvg_lib.nn.gradients import first_order
 
 ROWS = 512  # at a time: what is between the two layers then stays in the cache
 DROPPED = -100.0  # GELU and its slope are zero here
@@ -71,7 +72,7 @@ class _FeedForward(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, wide, inner, outer = ctx.saved_tensors
         dy = dy.reshape(len(rows), -1)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tvg_lib.nn.gradients import first_order
+
 OUTPUTS, INPUTS = 4, 6  # of a tile
 _INPUT = (
     (4, 0, -5, 0, 1, 0),
@@ -57,7 +59,7 @@ class _Winograd(torch.autograd.Function):
         return _convolve(x, mask, _filters(weight, _FILTER).mT)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         x, mask, weight = ctx.saved_tensors
         dx = dweight = None

@@ -52,6 +52,7 @@ def find(module: str, name: str) -> Kernel:
             del sys.modules[_EXTENSION]
 
 
+@cache  # a search of the whole path would cost as much as a short scan
 def _has_extension() -> bool:
     """Whether mamba-ssm's compiled part is there."""
     return _EXTENSION in sys.modules or importlib.util.find_spec(_EXTENSION) is not None

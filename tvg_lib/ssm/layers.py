@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tvg_lib.errors import ConfigurationError, DataError
 from tvg_lib.nn.convolution import depthwise_convolution
+from tvg_lib.nn.gradients import first_order
 from tvg_lib.ssm import kernels
 from tvg_lib.ssm.kernels import Backend
 from tvg_lib.ssm.s6 import s6_scan
@@ -534,6 +535,7 @@ class _Quasiseparable(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         u, diagonal = ctx.saved_tensors
         return (

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tvg_lib.errors import DataError
+from tvg_lib.nn.gradients import first_order
 from tvg_lib.ssm import kernels
 from tvg_lib.ssm.kernels import Backend
 
@@ -254,6 +255,7 @@ class _S6(torch.autograd.Function):
         return y, final.transpose(1, 2).contiguous()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         count = len(_Inputs._fields)
         inputs, starts = _Inputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]

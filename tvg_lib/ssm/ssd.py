@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tvg_lib.errors import DataError
+from tvg_lib.nn.gradients import first_order
 from tvg_lib.ssm import kernels
 from tvg_lib.ssm.kernels import Backend
 from tvg_lib.ssm.s6 import check_shapes, silence
@@ -288,6 +289,7 @@ class _SSD(torch.autograd.Function):
         return y, h.view(batch, n, heads, channels).permute(0, 2, 3, 1).contiguous()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         count = len(_Inputs._fields)
         inputs, kept = _Inputs(*ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
