@@ -506,6 +506,76 @@ def test_any_value_in_any_field_is_read_or_named(field, value, tmp_path):
         assert ((query.moments >= 0) & (query.moments <= duration)).all()
 
 
+@pytest.mark.parametrize(("frames", "fps"), [(500, 5e-324), (5e-324, 500)])
+def test_a_duration_beyond_all_numbers_is_named(frames, fps, tmp_path):
+    counted = {"num_frames": frames, "fps": fps}
+    snag = {"subset": "train", "annotations": [{"segment": [0, 1], "sentence": "x"}]} | counted
+    tacos = {"timestamps": [[0, 0]], "sentences": ["x"]} | counted
+    for read, content in ((read_snag, {"database": {"v1": snag}}), (read_tacos, {"v1": tacos})):
+        with pytest.raises(DataError, match=r"video 'v1': 'num_frames' / 'fps': expected"):
+            read(write(tmp_path / "file.json", content))
+
+
+PAIRED = {"timestamps": [[0, 50], [60, 75]], "sentences": ["one", "two"]}
+DOCUMENTS = {
+    read_snag: {
+        "version": "1",
+        "database": {
+            "v1": {
+                "subset": "train",
+                "duration": 20.0,
+                "fps": 25,
+                "num_frames": 500,
+                "annotations": [{"segment": [2, 5], "sentence": "one", "sentence_id": "q1"}],
+            },
+            "v2": {
+                "subset": "test",
+                "fps": 25,
+                "num_frames": 500,
+                "annotations": [{"segment": [2, 5.5], "sentence": "two"}],
+            },
+        },
+    },
+    read_tacos: {"v1.avi": PAIRED | {"fps": 25, "num_frames": 100}},
+    read_activitynet: {"v1": PAIRED | {"duration": 80}},
+}
+
+
+def places(value, path=()):
+    """Where in a JSON value something stands."""
+    yield path
+    if isinstance(value, dict | list):
+        keys = value if isinstance(value, dict) else range(len(value))
+        for key in keys:
+            yield from places(value[key], (*path, key))
+
+
+def put(value, path, other):
+    """The JSON value with another one at a place."""
+    if not path:
+        return other
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = put(value[path[0]], path[1:], other)
+    return copy
+
+
+@pytest.mark.parametrize("read", list(DOCUMENTS), ids=lambda read: read.__name__)
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_at_any_place_is_read_or_named(read, data, tmp_path):
+    document = DOCUMENTS[read]
+    place = data.draw(st.sampled_from(list(places(document))))
+    path = write(tmp_path / "any.json", put(document, place, data.draw(json_values)))
+    message, annotations = outcome(read, path)
+    if annotations is None:
+        assert str(path) in message
+        return
+    for query in annotations.queries:
+        duration = annotations.videos[query.video_id]
+        assert math.isfinite(duration)
+        assert ((query.moments >= 0) & (query.moments <= duration)).all()
+
+
 def outcome(read, *arguments):
     """The message of the error, or what was read."""
     try:

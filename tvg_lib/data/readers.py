@@ -288,9 +288,7 @@ def _snag_video(builder: "_Builder", video_id: str, entry: Any) -> None:
     if "duration" in entry:
         duration = positive_number(entry["duration"], f"{where}: 'duration'")
     else:
-        duration = (
-            positive_number(field_of(entry, "num_frames", where), f"{where}: 'num_frames'") / fps
-        )
+        duration = _seconds(entry, fps, where)
     builder.video(video_id, duration, fps)
     for number, item in enumerate(
         json_list(entry.get("annotations", []), f"{where}: 'annotations'")
@@ -304,6 +302,12 @@ def _snag_video(builder: "_Builder", video_id: str, entry: Any) -> None:
             text=field_of(item, "sentence", place),
             windows=[field_of(item, "segment", place)],
         )
+
+
+def _seconds(entry: Mapping[str, Any], fps: float, where: str) -> float:
+    """Duration of a video from its frames; two numbers in range may have a quotient beyond it."""
+    frames = positive_number(field_of(entry, "num_frames", where), f"{where}: 'num_frames'")
+    return positive_number(frames / fps, f"{where}: 'num_frames' / 'fps'")
 
 
 def read_qvhighlights(
@@ -381,8 +385,7 @@ def read_tacos(path: Source, *, name: str | None = None, strict: bool = False) -
         where = f"{path}: video {key!r}"
         entry = json_object(entry, where)
         fps = positive_number(field_of(entry, "fps", where), f"{where}: 'fps'")
-        frames = positive_number(field_of(entry, "num_frames", where), f"{where}: 'num_frames'")
-        builder.video(video_id := key.removesuffix(".avi"), frames / fps, fps)
+        builder.video(video_id := key.removesuffix(".avi"), _seconds(entry, fps, where), fps)
         _paired_lists(builder, entry, video_id, where, per_second=fps)
     return builder.finish()
 
