@@ -255,9 +255,8 @@ class _SSD(torch.autograd.Function):
     hears of itself does not decay, nor what the last step of a chunk writes to its end; both are
     kept apart because the gradient of the decay is a difference of sums that they would swamp.
 
-    Rounding: a_i - a_j is a difference of sums over at most Q steps. Its error is at most about
-    Q * eps * (mean step) and enters multiplied by exp(a_i - a_j), so it stays below 3e-6 for Q = 64
-    however fast the state decays.
+    Rounding: a_i - a_j is a difference of sums over at most Q steps, whose rounding would enter the
+    result relative to exp(a_i - a_j); so the sums and the factors made of them are float64.
     """
 
     @staticmethod
@@ -399,8 +398,11 @@ class _Chunks:
     def __init__(self, inputs: _Inputs, time: slice, q: int, reverse: bool) -> None:
         self.inputs, self.time, self.q, self.reverse = inputs, time, q, reverse
         self.dt = self.chunked(inputs.dt)
-        # a_i in powers of two: exp2 is faster than exp
-        self.a = self.running_sum(self.dt * (inputs.A * _LOG2E), reverse)
+        # a_i in powers of two: exp2 is faster than exp. In float64: a factor of 2^80 would keep the
+        # rounding of its exponent. There is one number a head and step, so it costs nothing.
+        kind = self.dt.dtype
+        exact = kind if self.dt.device.type == "mps" else torch.float64  # which Apple's lack
+        self.a = self.running_sum(self.dt.to(exact) * (inputs.A.to(exact) * _LOG2E), reverse)
         first, last = self.a[:, :, :1], self.a[:, :, -1:]
         if reverse:
             first, last = last, first
@@ -408,11 +410,10 @@ class _Chunks:
         middle = last if self.steep else (first + last) / 2
         fade = self.a if self.steep else self.a - middle
         start = torch.zeros_like(middle) if self.steep else middle
-        self.fade = torch.exp2(fade)
-        self.reach = torch.exp2(middle - self.a)
+        self.fade, self.reach = (torch.exp2(v).to(kind) for v in (fade, middle - self.a))
         self.write = self.reach * self.dt
         self.start, self.end, self.decay, self.rest = (
-            torch.exp2(v.squeeze(2))
+            torch.exp2(v.squeeze(2)).to(kind)
             for v in (start, last - middle, last, last - (last - middle) - start)
         )
 
@@ -544,4 +545,4 @@ class _Block:
         Where it is, a_i - a_j would be positive and could overflow: the difference is cut to zero.
         """
         a = self.part.a[:, self.slice].transpose(2, 3).flatten(0, 2)  # (R * H, Q)
-        return (a.unsqueeze(2) - a.unsqueeze(1)).clamp_(max=0).exp2_()
+        return (a.unsqueeze(2) - a.unsqueeze(1)).to(self.kind).clamp_(max=0).exp2_()
