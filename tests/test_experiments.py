@@ -1,0 +1,150 @@
+"""From data to record: what every training notebook goes through, on a small planted world."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tvg_lib.baselines import ClipScores, MomentPrior
+from tvg_lib.data.dataset import GroundingDataset
+from tvg_lib.data.planted import PlantedConfig, planted
+from tvg_lib.errors import ConfigurationError
+from tvg_lib.experiments import (
+    GroundingRecipe,
+    TrainedGrounder,
+    evaluate_baseline,
+    evaluate_grounder,
+    grounding_metrics,
+    read_points,
+    read_ranked,
+    train_grounder,
+)
+from tvg_lib.losses.detection import DetectionObjective
+from tvg_lib.models.snag import SnAG, SnagConfig
+from tvg_lib.results import load_records, records_folder
+from tvg_lib.training import TrainingConfig
+
+WORLD = PlantedConfig(train=12, val=6, test=6, clips=(12, 24), queries=2, dim=16)
+ARCHITECTURE = SnagConfig(
+    video_dim=16,
+    text_dim=16,
+    channels=16,
+    heads=2,
+    levels=3,
+    window=5,
+    max_clips=24,
+    text_channels=16,
+    text_heads=2,
+    text_layers=1,
+    fusion_layers=1,
+    fusion_heads=2,
+)
+RECIPE = GroundingRecipe(
+    training=TrainingConfig(
+        epochs=2, warmup_epochs=1, select_by="mIoU", device="cpu", progress=False
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, GroundingDataset]:
+    return {split: planted(split, WORLD) for split in ("train", "val", "test")}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkout of its own, where runs and records go."""
+    root = tmp_path_factory.mktemp("checkout")
+    (root / "notebooks").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TVG_ROOT", str(root))
+        yield root
+
+
+def trained(data: dict[str, GroundingDataset], recipe: GroundingRecipe = RECIPE):
+    return train_grounder(
+        "snag",
+        lambda: SnAG(ARCHITECTURE),
+        lambda: DetectionObjective(norm_start=10),
+        recipe,
+        data["train"],
+        data["val"],
+        scale="cpu",
+        architecture=ARCHITECTURE,
+        modules=["tvg_lib.models.snag", "tvg_lib.losses.detection"],
+    )
+
+
+@pytest.fixture(scope="module")
+def run(data: dict[str, GroundingDataset], checkout: Path) -> TrainedGrounder:
+    return trained(data)
+
+
+def test_the_kept_weights_are_the_best_on_the_held_out_videos(run, data) -> None:
+    answers = read_points(run.model, data["val"], RECIPE)
+    again = grounding_metrics(answers, data["val"]).values
+    scores = [row["mIoU"] for row in run.training.validations]
+    assert len(scores) == 2
+    assert again["mIoU"] == pytest.approx(max(scores))
+    assert run.parameters["selected"]["mIoU"] == max(scores)
+
+
+def test_the_record_says_what_was_done(run, data, checkout) -> None:
+    test = evaluate_grounder(run, data["test"])
+    (record,) = load_records(records_folder("cpu", fresh=True))
+    assert record == test.record
+    assert (record.method, record.variant, record.seed) == ("snag", "main", 0)
+    assert record.dataset == data["test"].name
+    assert record.data_hash == data["test"].fingerprint
+    assert record.parameters["trained_on"] == data["train"].name
+    assert record.parameters["validated_on"] == data["val"].name
+    assert record.parameters["recipe"]["training"]["epochs"] == 2
+    assert record.parameters["architecture"]["levels"] == 3
+    assert record.parameters["model_parameters"] == sum(p.numel() for p in run.model.parameters())
+    assert record.seconds >= round(run.training.seconds, 2)
+    (folder,) = record.artifacts
+    assert (checkout / folder / "weights.safetensors").is_file()
+    for name, metric in record.metrics.items():
+        assert metric.value == test.report.values[name]
+        assert metric.low <= metric.high
+    assert {"R1@0.5", "R5@0.7", "mIoU", "MR-full-mAP"} <= record.metrics.keys()
+    # the same model read another way stands beside it
+    other = evaluate_grounder(
+        run, data["test"], external=ClipScores(), variant="external-scores"
+    ).record
+    assert other.parameters["external"] == {"smoothing": 5, "temperature": 0.1}
+    assert load_records(records_folder("cpu", fresh=True)) == [other, record]
+
+
+def test_what_decides_a_run_names_its_folder(run, data) -> None:
+    same = trained(data, replace(RECIPE, training=replace(RECIPE.training, checkpoint_every=7)))
+    assert same.training.loaded
+    assert same.training.run_dir == run.training.run_dir
+    assert same.training.steps == run.training.steps
+    for changed in (
+        RECIPE.with_seed(1),
+        replace(RECIPE, videos_per_batch=3),
+        replace(RECIPE, training=replace(RECIPE.training, epochs=1)),
+    ):
+        other = trained(data, changed)
+        assert not other.training.loaded
+        assert other.training.run_dir != run.training.run_dir
+    assert trained(data | {"train": data["val"], "val": data["train"]}).training.loaded is False
+
+
+def test_a_rule_has_a_record_like_any_other(data, checkout) -> None:
+    prior = MomentPrior.fitted(data["train"])
+    test = evaluate_baseline(
+        "prior", prior.predict, data["test"], scale="full", parameters={"keep": 10}
+    )
+    (record,) = load_records(records_folder("full", fresh=True))
+    assert record == test.record
+    assert record.parameters == {"keep": 10}
+    assert record.metrics["R1@0.5"].value == test.report.values["R1@0.5"]
+    assert len(test.predictions) == len(data["test"])
+
+
+def test_ranked_answers_take_no_external_scores(run, data) -> None:
+    with pytest.raises(ConfigurationError, match="has none"):
+        read_ranked(run.model, data["test"], RECIPE, ClipScores())
