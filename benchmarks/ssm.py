@@ -17,7 +17,7 @@ it needs a C++ compiler).
 import argparse
 import ctypes
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -181,6 +181,9 @@ def mamba_layers(batch: int, device: str) -> tuple[Contenders, list[Tensor], dic
         from transformers.models.mamba.modeling_mamba import MambaMixer
 
         for name, use in (("transformers", False), ("transformers with mambapy", True)):
+            if use and importlib.util.find_spec("mambapy") is None:
+                missing[name] = "without mambapy, transformers falls back to its own loop"
+                continue
             config = MambaConfig(hidden_size=384, state_size=16, use_mambapy=use)
             mixer = with_weights(MambaMixer(config, 0), ours, device)
             ways[name] = lambda mixer=mixer: mixer(x)
