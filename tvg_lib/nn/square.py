@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tvg_lib.nn.gradients import first_order
+
 DIRECT_UP_TO = 5  # kernels up to this size are faster by direct convolution (benchmarks)
 
 
@@ -50,6 +52,7 @@ class _FourierConvolution(torch.autograd.Function):
         return y[..., :rows, :columns]
 
     @staticmethod
+    @first_order
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_hat, w_hat = ctx.saved_tensors
         rows, columns, size, kernel = ctx.sizes
