@@ -66,7 +66,7 @@ class Gate(nn.Linear):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Args: x, y (..., C). Returns (..., C) in (0, 1)."""
         old, new = self.weight.chunk(2, dim=1)  # two products cost less than a concatenation
-        return (F.linear(x, old, self.bias) + F.linear(y, new)).sigmoid()
+        return (F.linear(x, old, self.bias) + F.linear(y, new)).sigmoid_()
 
 
 class SwiGLU(nn.Module):
@@ -194,7 +194,8 @@ class AnchorMambaPooling(nn.Module):
         return x + self.feed_forward_scale(self.feed_forward(self.feed_forward_norm(x)))
 
     def _globally(self, x: Tensor, mask: Tensor) -> Tensor:
-        branch = self.global_encoder(self.global_norm(x), None if self.leak_padding else mask)
+        whole = self.leak_padding or (mask.device.type == "cpu" and bool(mask.all()))
+        branch = self.global_encoder(self.global_norm(x), None if whole else mask)
         if self.merge == "scaled_skip":
             return zero_invalid(branch + self.global_scale(x), mask)
         return self._merged(x, self.global_scale(branch), self.global_gate)

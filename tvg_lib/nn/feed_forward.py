@@ -79,10 +79,11 @@ class _FeedForward(torch.autograd.Function):
         dx = torch.empty_like(rows)
         dinner, douter = torch.zeros_like(inner), torch.zeros_like(outer)
         dinner_bias = inner.new_zeros(len(inner))
+        scaled = outer * ctx.scale
         for start in range(0, len(rows), ROWS):
             part = slice(start, start + ROWS)
             before, above = wide[part], dy[part]
-            after, dafter = F.gelu(before), (above * ctx.scale) @ outer
+            after, dafter = F.gelu(before), above @ scaled
             dbefore = torch.ops.aten.gelu_backward(dafter, before)
             douter.addmm_(above.t(), after, alpha=ctx.scale)
             dinner.addmm_(dbefore.t(), rows[part])

@@ -5,6 +5,7 @@ be told apart: that is what makes every model of this library invariant to paddi
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,24 @@ SHORT = 256  # steps below which a convolution is not worth transforming
 
 def zero_invalid(x: Tensor, mask: Tensor) -> Tensor:
     """`x` (B, T, C) with zeros where `mask` (B, T) is False; `x` itself where it never is."""
-    if mask.device.type == "cpu" and bool(mask.all()):  # elsewhere the answer would have to wait
-        return x
+    if mask.device.type == "cpu":  # elsewhere the answer would have to wait
+        return x if bool(mask.all()) else _Zeroed.apply(x, mask)
     return torch.where(mask[..., None], x, 0.0)
+
+
+class _Zeroed(torch.autograd.Function):
+    """A copy in which only the invalid steps are written: on a CPU faster than choosing by mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.invalid = (~mask).nonzero(as_tuple=True)
+        return x.clone(memory_format=torch.contiguous_format).index_put_(
+            ctx.invalid, x.new_zeros(())
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy.clone().index_put_(ctx.invalid, dy.new_zeros(())), None
 
 
 def repeat_rows(x: Tensor, row: Tensor) -> Tensor:
@@ -74,15 +90,18 @@ class MaskedConv1d(nn.Conv1d):
     def _convolve(self, x: Tensor, mask: Tensor) -> Tensor:
         """The convolution; three taps on a CPU by the fastest of the exact ways."""
         fast = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        fast = fast and self.kernel_size == (3,) and self.stride == (1,)
+        fast = fast and self.kernel_size == (3,)
+        if fast and self.groups == self.in_channels == self.out_channels:
+            bias = self.weight.new_zeros(self.groups) if self.bias is None else self.bias
+            x = zero_invalid(x, mask)
+            y = depthwise_convolution(x, self.weight.squeeze(1), bias, before=1, after=1)
+            return y[:, :: self.stride[0]]  # twice the arithmetic costs less than transposing
+        fast = fast and self.stride == (1,)
         thin = 3 * self.out_channels <= self.in_channels
         if fast and self.groups == 1 and not thin and x.shape[1] >= SHORT:
             y = winograd_convolution(x, mask, self.weight)
             return y if self.bias is None else y + self.bias
         x = zero_invalid(x, mask)
-        if fast and self.groups == self.in_channels == self.out_channels:
-            bias = self.weight.new_zeros(self.groups) if self.bias is None else self.bias
-            return depthwise_convolution(x, self.weight.squeeze(1), bias, before=1, after=1)
         if fast and self.groups == 1 and thin:
             y = thin_convolution(x, self.weight)
             return y if self.bias is None else y + self.bias

@@ -66,7 +66,7 @@ class _Winograd(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # the same convolution from outputs to inputs, taps reversed
             reverse = tuple(row[::-1] for row in _FILTER)
             dx = _convolve(dy, torch.ones_like(mask), _filters(weight, reverse))
-            dx.masked_fill_(~mask[..., None], 0.0)
+            dx[~mask] = 0.0
         if ctx.needs_input_grad[2]:
             outputs, channels, taps = weight.shape
             dfilters = x.new_zeros(INPUTS, outputs, channels)
@@ -106,12 +106,15 @@ def _tiles(row: Tensor, valid: Tensor) -> Iterator[Tensor]:
 
     Those of the first `STEPS` steps come first, and so on.
     """
+    invalid = (~valid).nonzero().squeeze(1)
     for start in range(0, len(row), STEPS):
         steps = min(STEPS, len(row) - start)
         padded = row.new_zeros(steps + -steps % OUTPUTS + INPUTS - OUTPUTS, row.shape[1])
         first, last = max(start - 1, 0), min(start + len(padded) - 1, len(row))
-        place = padded[first - start + 1 : last - start + 1]
-        torch.where(valid[first:last, None], row[first:last], row.new_zeros(()), out=place)
+        place = padded[first - start + 1 : last - start + 1].copy_(row[first:last])
+        here = invalid[(invalid >= first) & (invalid < last)]
+        if len(here):
+            place.index_fill_(0, here - first, 0.0)
         yield padded.unfold(0, INPUTS, OUTPUTS).transpose(1, 2)
 
 
