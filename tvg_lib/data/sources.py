@@ -52,16 +52,22 @@ def benchmark(scale: str, name: str | None = None) -> dict[str, GroundingDataset
         ConfigurationError: there is no such data set.
         DataError: QVH-captions is asked for by name and not on this machine.
     """
-    if name is None:
-        name = "qvh-captions" if has_real_data(scale) else "planted"
-    if name not in NAMES:
-        raise ConfigurationError(f"the data sets are {', '.join(NAMES)}, found {name!r}")
+    name = _named(scale, name)
     if name == "planted":
         return {split: planted.planted(split) for split in planted.SPLITS}
     if name in SHAPESTORIES:
         return shapestories.benchmark(SHAPESTORIES[name], scale)
     train, val = qvh_captions.load("val").split(HELD_OUT, SPLIT_SEED)
     return {"train": train, "val": val, "test": qvh_captions.load("test")}
+
+
+def _named(scale: str, name: str | None) -> str:
+    """The data set that is asked for, or the usual one of the scale."""
+    if name is None:
+        return "qvh-captions" if has_real_data(scale) else "planted"
+    if name not in NAMES:
+        raise ConfigurationError(f"the data sets are {', '.join(NAMES)}, found {name!r}")
+    return name
 
 
 def glimpse(scale: str, videos: int = 12) -> GroundingDataset:
@@ -72,9 +78,24 @@ def glimpse(scale: str, videos: int = 12) -> GroundingDataset:
     return data.subset(sorted(data.videos)[:videos], f"{data.name}-first{videos}")
 
 
-def captions(scale: str, split: planted.Split = "test") -> Mapping[str, Sequence[str]]:
-    """What happens in every clip of every video of a split, in words, by video id."""
-    if has_real_data(scale):
+def captions(
+    scale: str, split: planted.Split = "test", name: str | None = None
+) -> Mapping[str, Sequence[str]]:
+    """What happens in every clip of every video of a split, in words, by video id.
+
+    Args:
+        scale, name: of the data, as in `benchmark`.
+        split: train, val or test.
+
+    Raises:
+        ConfigurationError: there is no such data set.
+    """
+    name = _named(scale, name)
+    if name in SHAPESTORIES:
+        length = SHAPESTORIES[name]
+        films = shapestories.FILMS[scale][length][planted.SPLITS.index(split)]
+        return shapestories.captions(shapestories.LENGTHS[length], split, films)
+    if name == "qvh-captions":
         return qvh_captions.captions("test" if split == "test" else "val")
     return planted.captions(split)
 

@@ -1,15 +1,18 @@
 """A tiny dual encoder: windows of frames and sentences in one space, CLIP's recipe at toy size.
 
-    frames (N, F, H, W, 3) ─▶ less the mean of each row ─▶ cones: K maps of colour, F frames deep
-                                 │                              └▶ convolutions, shared by the cones
-                                 └▶ the rows themselves                └▶ strongest place ─▶ (N, D)
+    frames (N, F, H, W, 3) ─▶ cones: which of K hues is it, if any? ─▶ K maps, F frames deep
+                                 │                             └▶ convolutions, shared by the hues
+                                 └▶ the mean of each row             └▶ strongest place ─▶ (N, D)
     words  (N, K) ─▶ embedding, positions ─▶ transformer ─▶ mean over words ─▶ (N, D)
 
 Minutes of training on a laptop must suffice, so the architecture brings what they cannot teach. The
-first layer is a retina: every *cone* answers to one hue, and what it sees is looked at by the same
-convolutions as what the others see, with the frames of the window as channels. So whatever is
-learnt of a shape or a motion is learnt for every colour at once, and stays joined to its colour.
-The hues are trained too, from where the configuration starts them.
+first layer is a retina: *cones*, each for one hue, compete for every pixel with one another and
+with the background. They see its colour and how it differs from its row of the picture, so that a
+red shape is red by day and at night. What one cone wins is looked at by the same convolutions as
+what the others win, with the frames of the window as channels: what stays and what changes, apart.
+So whatever is learnt of a shape or a motion is learnt for every colour at once, and stays joined to
+its colour. The hues are trained too, from where the configuration starts them. A hue that wins next
+to nothing is not there, and costs nothing.
 
 Training is CLIP's symmetric InfoNCE (Radford et al. 2021, figure 3), with one change. A generated
 world says the same thing twice within a batch, or in other words; such pairs are no negatives.
@@ -41,7 +44,9 @@ from tvg_lib.distributed import reduce_sum
 from tvg_lib.encoders.protocols import weights_name
 from tvg_lib.errors import ConfigurationError, DataError
 
-FORMAT = "tvg-companion/tiny-dual-encoder/2"
+FORMAT = "tvg-companion/tiny-dual-encoder/3"
+_SHARPNESS = 24.0  # of the choice between hues, before training
+_SPECK = 1.5  # pixels, at half the size: what is smaller is not looked at
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 
 
@@ -53,7 +58,7 @@ class TinyConfig:
         frames: frames of a window, evenly spaced, each in the middle of its share of the window.
         size: height and width of a frame, a multiple of 16.
         window, stride: length of a window and distance between the starts of neighbours, seconds.
-        cones: RGB, in [0, 1], of the hue that each cone answers to before training.
+        cones: RGB, in [0, 1], of the hue that each cone stands for before training.
         channels: after each of the three convolutions.
         scene: width of what is known of the background.
         width, text_layers, heads: of the transformer that reads sentences.
@@ -61,7 +66,7 @@ class TinyConfig:
         max_words: longest sentence.
     """
 
-    frames: int = 4
+    frames: int = 8
     size: int = 64
     window: float = 2.0
     stride: float = 1.0
@@ -73,12 +78,12 @@ class TinyConfig:
         (0.0, 0.0, 1.0),
         (1.0, 0.0, 1.0),
     )
-    channels: tuple[int, int, int] = (16, 32, 64)
+    channels: tuple[int, int, int] = (48, 80, 128)
     scene: int = 64
-    width: int = 96
+    width: int = 128
     text_layers: int = 1
     heads: int = 4
-    dim: int = 128
+    dim: int = 512
     max_words: int = 40
 
     def __post_init__(self) -> None:
@@ -104,6 +109,17 @@ def split_words(sentence: str) -> list[str]:
     return _WORD.findall(sentence.lower())
 
 
+def _changes(frames: int) -> Tensor:
+    """(F, F) what stays and what changes: the cosine basis over the frames of a window, slow first.
+
+    Its rows are orthonormal (DCT-II), so nothing is lost; but each is scaled by itself afterwards,
+    and a small change weighs as much as the picture that it changes.
+    """
+    at = (torch.arange(frames) + 0.5) / frames
+    rows = torch.cos(math.pi * torch.arange(frames)[:, None] * at)
+    return F.normalize(rows, dim=1)
+
+
 class TinyFrames(nn.Module):
     """The window encoder; a `tvg_lib.encoders.protocols.VideoEncoder`."""
 
@@ -114,13 +130,19 @@ class TinyFrames(nn.Module):
         super().__init__()
         self.config = config
         first, second, third = config.channels
-        self.cones = nn.Linear(3, len(config.cones))
+        K = len(config.cones)
+        self.cones = nn.Linear(9, K + 1)  # the last is for what is no figure
         hue = torch.tensor(config.cones)
+        hue = F.normalize(hue - hue.mean(1, keepdim=True), dim=1)
         with torch.no_grad():
-            self.cones.weight.copy_(F.normalize(hue - hue.mean(1, keepdim=True), dim=1))
-            self.cones.bias.fill_(-0.25)  # grey noise wakes no cone
+            self.cones.weight.zero_()
+            self.cones.weight[:K, :6] = _SHARPNESS * torch.cat([hue, hue], dim=1)
+            self.cones.bias.zero_()
+            self.cones.bias[K] = 0.9 * _SHARPNESS  # faint hues are none
+        self.register_buffer("changes", _changes(config.frames), persistent=False)
         self.convolutions = nn.Sequential(
-            nn.Conv2d(2 * config.frames, first, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(2 * config.frames, affine=False),
+            nn.Conv2d(2 * config.frames, first, 5, stride=2, padding=2, bias=False),
             nn.BatchNorm2d(first),
             nn.ReLU(),
             nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False),
@@ -167,18 +189,28 @@ class TinyFrames(nn.Module):
 
     def forward(self, windows: Tensor) -> Tensor:
         """Args: windows (N, F, H, W, 3) uint8. Returns (N, D) of length 1."""
-        N, frames, size = windows.shape[:3]
-        half = size // 2
-        pixels = windows.reshape(N * frames, half, 2, half, 6).to(self.cones.weight.dtype).sum(2)
-        pixels = (pixels[..., :3] + pixels[..., 3:]).unflatten(0, (N, frames)) / 510 - 1
-        rows = pixels.mean((1, 3), keepdim=True)  # (N, 1, H / 2, 1, 3): sky and ground
+        N, frames = windows.shape[:2]
+        planes = windows.permute(0, 1, 4, 2, 3).to(self.cones.weight.dtype).flatten(0, 1)
+        pixels = (F.avg_pool2d(planes, 2) / 127.5 - 1).unflatten(0, (N, frames))
+        rows = pixels.mean((1, 4), keepdim=True)  # (N, 1, 3, H / 2, 1): sky and ground
         figures = pixels - rows
-        scene = torch.cat([rows.flatten(1), figures.abs().mean((1, 3)).flatten(1)], dim=1)
-        maps = F.relu(self.cones(figures)).permute(0, 4, 1, 2, 3)  # (N, K, F, H / 2, W / 2)
+        scene = torch.cat([rows.flatten(1), figures.abs().mean((1, 4)).flatten(1)], dim=1)
+        light = torch.cat([pixels, figures, figures.abs()], dim=2).flatten(3).transpose(1, 2)
+        logits = self.cones.weight @ light.flatten(2) + self.cones.bias[:, None]
+        maps = logits.softmax(1)[:, :-1].unflatten(2, pixels.shape[1:2] + pixels.shape[3:])
+        area = maps.sum((3, 4)).amax(2).float()  # (N, K) pixels
+        there = ((area - _SPECK) / _SPECK).clamp(0, 1)
         others = maps.sum(1, keepdim=True) - maps
-        seen = self.convolutions(torch.cat([maps, others], dim=2).flatten(0, 1))
-        seen = F.relu(seen.amax((2, 3))).reshape(N, -1)
-        known = torch.cat([seen, F.relu(self.scene(scene))], dim=1)
+        shaded = maps * (pixels.amax(2)[:, None] + 1) / 2  # marks on a shape are darker than it
+        both = torch.stack([shaded, others], dim=2)[there > 0]  # (M, 2, F, H / 2, W / 2)
+        both = (self.changes @ both.flatten(3)).unflatten(3, both.shape[3:]).flatten(1, 2)
+        # Most hues are nowhere to be seen; their maps need no looking at. Near the edge of notice
+        # what is found fades in, so that a vector is continuous in the pixels.
+        found = self.convolutions(both)
+        found = F.relu(found.amax((2, 3)).float()) * there[there > 0][:, None]
+        seen = found.new_zeros(*there.shape, found.shape[1])
+        seen[there > 0] = found
+        known = torch.cat([seen.flatten(1), F.relu(self.scene(scene))], dim=1)
         return F.normalize(self.spread(self.output(known)).float(), dim=-1)
 
     @torch.inference_mode()

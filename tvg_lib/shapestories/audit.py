@@ -18,7 +18,10 @@ from tvg_lib.baselines import MomentPrior, similarity
 from tvg_lib.data.dataset import GroundingDataset, Query
 from tvg_lib.decoding import Prediction
 from tvg_lib.errors import DataError
+from tvg_lib.metrics import Estimate, MetricReport, bootstrap
+from tvg_lib.shapestories.dataset import level_of
 from tvg_lib.shapestories.language import Deed, Meaning, Nth, Presence, Relative, answer, parse
+from tvg_lib.shapestories.questions import LEVELS
 from tvg_lib.shapestories.world import Script
 
 
@@ -129,6 +132,33 @@ def best_clip_inside(
         short = (end - start < grid.clip_seconds) & (first <= middle) & (middle <= last)
         hits.append(bool((((start <= at) & (at <= end)) | short).any()))
     return np.array(hits)
+
+
+def recall_by_level(
+    report: MetricReport, dataset: GroundingDataset, metric: str = "R1@0.5"
+) -> dict[str, Estimate]:
+    """A metric by what is asked for, with 95 % intervals over films.
+
+    Args:
+        report: has the metric of every query of `dataset`.
+        dataset: of ShapeStories.
+        metric: of the report.
+
+    Returns:
+        By name, such as "R1@0.5 action", in the order of `questions.LEVELS`; levels without a query
+        are left out. Names and numbers fit into a run record.
+    """
+    found = dict(zip(report.query_ids, report.contributions[metric], strict=True))
+    groups: dict[str, list[Query]] = {level: [] for level in LEVELS}
+    for query in dataset.queries:
+        groups[level_of(query)].append(query)
+    return {
+        f"{metric} {level}": bootstrap(
+            [found[query.id] for query in queries], groups=[query.video_id for query in queries]
+        )
+        for level, queries in groups.items()
+        if queries
+    }
 
 
 def by_group(

@@ -33,6 +33,7 @@ from tvg_lib.moments import TimeGrid
 from tvg_lib.shapestories import generator, language, questions, render, world
 from tvg_lib.shapestories.encoder import EncoderRecipe, tiny_dual_encoder
 from tvg_lib.shapestories.generator import LONG, MEDIUM, SHORT, SPLITS, Split, StoryConfig
+from tvg_lib.shapestories.pairs import View, tell
 from tvg_lib.shapestories.questions import LEVELS, Question, ask
 from tvg_lib.shapestories.render import RenderConfig
 from tvg_lib.shapestories.world import Script
@@ -202,6 +203,19 @@ def scripts(config: StoryConfig, split: Split, films: int, seed: int = 0) -> dic
     return {script.id: script for script in made}
 
 
+def captions(config: StoryConfig, split: Split, films: int, seed: int = 0) -> dict[str, list[str]]:
+    """What happens in every clip of the films of `load`, from the scripts, by video id."""
+    model = EncoderRecipe().model
+    grid = grid_of(model)
+    return {
+        key: [
+            tell(View.of(script, *grid.clip_span(clip)))
+            for clip in range(_clips_of(script.duration, model))
+        ]
+        for key, script in scripts(config, split, films, seed).items()
+    }
+
+
 def level_of(query: Query) -> str:
     """What a query asks about: one of `questions.LEVELS`.
 
@@ -212,6 +226,11 @@ def level_of(query: Query) -> str:
         if part in LEVELS:
             return part
     raise ConfigurationError(f"{query.id!r} is no query of ShapeStories")
+
+
+def _clips_of(duration: float, config: TinyConfig) -> int:
+    """How many windows lie wholly inside a film of so many seconds."""
+    return int((duration - config.window) / config.stride) + 1
 
 
 def grid_of(config: TinyConfig) -> TimeGrid:
@@ -337,7 +356,7 @@ def encode_film(
             "share frames"
         )
     step = round(step)
-    count = int((script.duration - video.window) / video.stride) + 1
+    count = _clips_of(script.duration, encoder.config)
     rate = video.frames / video.window
     rows = []
     for first in range(0, count, _WINDOWS_AT_ONCE):

@@ -47,14 +47,15 @@ class EncoderRecipe:
     model: TinyConfig = field(default_factory=lambda: TinyConfig(cones=PALETTE))
     look: RenderConfig = field(default_factory=RenderConfig)
     batch_size: int = 48
-    batches: int = 250
+    batches: int = 200
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
             epochs=10,
             warmup_epochs=0.5,
-            learning_rate=2e-3,
+            learning_rate=2.5e-3,
             schedule="cosine",
             ema_decay=0.99,
+            precision="bf16",
             progress=False,
         )
     )

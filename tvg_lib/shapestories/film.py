@@ -13,7 +13,7 @@ from tvg_lib.errors import ConfigurationError
 from tvg_lib.shapestories.render import SIZE, RenderConfig, frames
 from tvg_lib.shapestories.world import Script
 
-FPS = 8  # the encoder looks at every fourth of these frames
+FPS = 8  # the encoder looks at every second of these frames
 
 
 def encode_mp4(

@@ -80,7 +80,7 @@ SHORT = StoryConfig(
     "short",
     duration=(30, 150),
     cast=(5, 6),
-    places=(3, 5),
+    places=(3, 4),
     stay=(12, 100),
     scene=(8, 80),
     pause=(1, 12),
@@ -91,7 +91,7 @@ MEDIUM = StoryConfig(
     "medium",
     duration=(300, 600),
     cast=(7, 10),
-    places=(4, 5),
+    places=(3, 4),
     stay=(20, 250),
     scene=(20, 200),
     pause=(2, 25),
@@ -101,7 +101,7 @@ LONG = StoryConfig(
     "long",
     duration=(1200, 3600),
     cast=(10, 14),
-    places=(4, 5),
+    places=(3, 4),
     stay=(30, 600),
     scene=(60, 1000),
     pause=(3, 40),
@@ -207,7 +207,7 @@ class _Writer:
         """Different actors from few colours and shapes; some pairs differ in size only."""
         rng = self.rng
         count = rng.randint(*self.config.cast)
-        kinds = 3 if count <= 6 else 4 if count <= 9 else 5
+        kinds = 4 if count <= 9 else 5
         colours, shapes = rng.sample(world.COLOURS, kinds), rng.sample(world.SHAPES, kinds)
         cast: list[Actor] = []
         while len(cast) < count:

@@ -7,7 +7,7 @@ against it.
 """
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from random import Random
 
 import numpy as np
@@ -24,11 +24,12 @@ from tvg_lib.shapestories.language import (
     describes,
     say,
 )
+from tvg_lib.shapestories.questions import name_of
 from tvg_lib.shapestories.render import RenderConfig, render
 from tvg_lib.shapestories.world import Event, Scene, Script, Stay
 
-_KINDS = {"action": 0.58, "activity": 0.14, "presence": 0.08, "setting": 0.1, "both": 0.1}
-_VAGUE = 0.3  # of the actors are named by colour or shape only
+_KINDS = {"action": 0.64, "activity": 0.14, "presence": 0.08, "setting": 0.06, "both": 0.08}
+_VAGUE = 0.35  # of the actors are named by colour or shape only
 _SIZED = 0.25  # of the others are named with their size
 
 
@@ -63,12 +64,19 @@ class View:
             tuple(s.kind for s in (*script.daylights, *script.weathers) if shown(s)),
         )
 
+    @cached_property
+    def by_verb(self) -> dict[str, list[Event]]:
+        """The events of each verb."""
+        events: dict[str, list[Event]] = {}
+        for event in self.events:
+            events.setdefault(event.verb, []).append(event)
+        return events
+
     def shows(self, meaning: Meaning) -> bool:
         """Whether a meaning is true of the window; one that needs more than a window never is."""
         if isinstance(meaning, Deed):
-            return any(
-                e.verb == meaning.verb and describes(meaning, self.script, e) for e in self.events
-            )
+            same = self.by_verb.get(meaning.verb, ())
+            return any(describes(meaning, self.script, event) for event in same)
         if isinstance(meaning, Presence):
             return any(meaning.who.fits(self.script.cast[stay.actor]) for stay in self.stays)
         if isinstance(meaning, Setting):
@@ -77,6 +85,21 @@ class View:
         if isinstance(meaning, Relative) and meaning.relation == "while":
             return self.shows(meaning.base) and self.shows(meaning.other)
         return False
+
+
+def tell(view: View) -> str:
+    """What a view shows, in the plainest words: what happens, else who is there, else the scene."""
+
+    def name(actor: int | None) -> Who | None:
+        return None if actor is None else name_of(view.script, actor)
+
+    told: list[Meaning] = [
+        Deed(event.verb, name_of(view.script, event.actor), name(event.partner)).ordered()
+        for event in view.events
+    ]
+    told = told or [Presence(name_of(view.script, stay.actor)) for stay in view.stays]
+    told = told or [Setting(kind) for kind in view.settings if kind in world.DAYLIGHTS]
+    return "; ".join(dict.fromkeys(map(say, told)))
 
 
 @dataclass(frozen=True)
@@ -97,8 +120,8 @@ class PairSource:
     frames: int
     window: float
     films: int = 2000
-    windows_per_film: int = 8
-    sentences: int = 6
+    windows_per_film: int = 16
+    sentences: int = 4
     seed: int = 0
     look: RenderConfig = field(default_factory=RenderConfig)
     split: str = "train"

@@ -191,6 +191,12 @@ def _who(script: Script, actor: int, rng: Random, partial: bool) -> Who:
     one = script.cast[actor]
     if partial:
         return Who(colour=one.colour) if rng.random() < 0.5 else Who(shape=one.shape)
+    return name_of(script, actor)
+
+
+def name_of(script: Script, actor: int) -> Who:
+    """The shortest full description that fits this one of the cast alone."""
+    one = script.cast[actor]
     like = [
         other for other in script.cast if (other.colour, other.shape) == (one.colour, one.shape)
     ]

@@ -20,8 +20,8 @@ from tvg_lib.shapestories.world import Event, Script
 SIZE = 64  # pixels of a frame, both ways
 CHUNK = 64  # frames drawn together: what fits a processor's cache
 
-_RADIUS = {"small": 6.2, "big": 9.6}  # pixels
-_PATCH = 46  # pixels of the square in which one actor is drawn: room for a grown big one
+_RADIUS = {"small": 8.0, "big": 10.8}  # pixels
+_PATCH = 54  # pixels of the square in which one actor is drawn: room for a grown big one
 _TABLE = 96  # entries of a table of distances, both ways
 _REACH = 1.35  # how far the table goes, in radii
 _MARK = 0.55  # brightness of the marked half, by which a spin is seen
@@ -136,7 +136,9 @@ def poses(script: Script, times: np.ndarray, scale: float = 1.0) -> Poses:
     for event in near:  # where all others stand must be known
         if event.partner is not None:
             _together(event, times, x, y, size, behind)
-    return Poses(x * SIZE, y.clip(0.05, 0.95) * SIZE, radius * SIZE, angle, behind & (radius > 0))
+    # Vectorised sines differ in the last digit with the place in the array; a pixel must not.
+    x, y, radius = (np.round(p * SIZE, 5) for p in (x, y.clip(0.05, 0.95), radius))
+    return Poses(x, y, radius, np.round(angle, 6), behind & (radius > 0))
 
 
 def _during(event: Event, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -187,7 +189,7 @@ def _alone(
     elif event.verb == "spin":
         angle[now, a] += 2 * pi * _cycles(event, 1.6) * u
     elif event.verb == "grow":
-        radius[now, a] *= 1 + 0.7 * np.minimum(u / 0.95, (1 - u) / 0.05)
+        radius[now, a] *= 1 + 0.6 * np.minimum(u / 0.95, (1 - u) / 0.05)
     elif event.verb == "shrink":
         radius[now, a] *= 1 - 0.65 * np.minimum(u / 0.95, (1 - u) / 0.05)
     elif event.verb == "blink":
@@ -284,6 +286,10 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
     axis = (np.arange(_TABLE) + 0.5) / _TABLE * 2 * _REACH - _REACH
     u, v = np.meshgrid(axis, axis)
     distances = np.stack([_distance(shape, u, v).ravel() for shape in world.SHAPES])
+    # What lies beyond the table is read from its rim, so that must be far outside of every shape;
+    # beyond the tip of a star the distance to its edges grows slowly.
+    rim = (np.abs(u) > axis[-2]) | (np.abs(v) > axis[-2])
+    distances[:, rim.ravel()] = 1.0
     half = np.clip(0.5 - 4 * u, 0, 1).ravel()
     return distances.astype(np.float32), (1 - (1 - _MARK) * half).astype(np.float32)
 
