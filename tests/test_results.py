@@ -399,3 +399,23 @@ def test_text_is_escaped_in_html() -> None:
     assert "<i>" not in html
     assert "a &amp; b" in html
     assert "x&lt;y" in html
+
+
+def test_intervals_stand_in_place_of_the_deviation_over_seeds(tmp_path: Path) -> None:
+    runs = {"MSCL - SnAG": Run("mscl-minus-snag", "qvh-captions/test", "mean-of-2")}
+    committed = [
+        record(seed, method="mscl-minus-snag", variant="mean-of-2") for seed in (0, 1)
+    ]  # 50 and 51, both [48, 53]
+    table = of_runs("t", runs, ["R1@0.5"], committed=committed, fresh=[], intervals=True)
+    assert "50.50 [48.00, 53.00]" in repr(table)
+    assert "±" not in repr(table)
+    table.save(tmp_path, "t")
+    (line,) = csv.DictReader((tmp_path / "t.csv").read_text().splitlines())
+    assert (line["ours_mean"], line["ours_low"], line["ours_high"]) == (
+        "50.5000",
+        "48.0000",
+        "53.0000",
+    )
+    assert (line["ours_seeds"], line["here_mean"], line["here_low"]) == ("2", "not run", "")
+    without = [record(0, metrics={"R1@0.5": Metric(50.0)}), record(1)]
+    assert over_seeds(without, "snag", "qvh-captions/test", "R1@0.5").with_interval == "50.50"

@@ -263,6 +263,15 @@ def test_several_moments_of_a_video_compete(index):
     assert len(results.corpus_answers()) == 12
 
 
+def test_a_worse_moment_never_rises_above_a_better_one(library):
+    prediction = ZeroShotWindow(smoothing=1, fraction=0.9).predict(library)[19]
+    assert len(prediction) > 2
+    for score in (0.4, -0.4):  # of the video: a cosine may be below zero
+        answers = list(search._answers(library.videos["v19"], score, prediction, 3))
+        assert answers[0].score == score
+        assert answers[0].score > answers[1].score > answers[2].score
+
+
 def test_a_point_grounder_finds_the_moment(index):
     model = small_snag(video_dim=DIM, text_dim=DIM).float()
     finder = partial(ground, model, config=DecodingConfig(keep=2))

@@ -208,14 +208,31 @@ def fresh_records(scale: str) -> list[RunRecord]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and sample standard deviation of a metric over seeds; `sd` is None for one seed."""
+    """A metric over seeds.
+
+    Attributes:
+        mean: over the seeds.
+        sd: sample standard deviation; None for one seed.
+        seeds: how many there are.
+        low, high: means of the ends of the seeds' intervals over queries; None where a run has
+            none.
+    """
 
     mean: float
     sd: float | None
     seeds: int
+    low: float | None = None
+    high: float | None = None
 
     def __str__(self) -> str:
         return f"{self.mean:.2f}" if self.sd is None else f"{self.mean:.2f} ± {self.sd:.2f}"
+
+    @property
+    def with_interval(self) -> str:
+        """The mean and its interval over queries, such as "50.12 [48.01, 52.30]"."""
+        if self.low is None or self.high is None:
+            return f"{self.mean:.2f}"
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 def selected(
@@ -243,8 +260,14 @@ def over_seeds(
             f"{method} on {dataset} ({variant}): a mean needs runs of one scale with different "
             f"seeds, found scales {sorted(scales)} and seeds {seeds}"
         )
-    values = [r.metrics[metric].value for r in chosen]
-    return Summary(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+    found = [r.metrics[metric] for r in chosen]
+    values = [m.value for m in found]
+    low, high = (
+        None if None in ends else mean(ends)
+        for ends in ([m.low for m in found], [m.high for m in found])
+    )
+    sd = stdev(values) if len(values) > 1 else None
+    return Summary(mean(values), sd, len(values), low, high)
 
 
 def environment() -> dict[str, Any]:

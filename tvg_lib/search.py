@@ -136,8 +136,8 @@ class SearchResult:
     Attributes:
         video: where it is.
         start, end: seconds.
-        score: of the answer: that of the video, times `moment_score` as a share of the best one
-            that the grounder gave in this video.
+        score: of the answer: that of the video, lowered by the share that `moment_score` lacks of
+            the best one that the grounder gave in this video.
         video_score: of the video, by the retriever.
         moment_score: of the moment, by the grounder; None where no moment was asked for.
     """
@@ -609,9 +609,9 @@ def _answers(
     best = max((moment.score for moment in found), default=0.0)
     for moment in found:
         share = moment.score / best if best > 0 else 1.0
-        yield SearchResult(
-            video, moment.start, moment.end, score * share, score, float(moment.score)
-        )
+        # Not a product: a cosine below zero would rise with a smaller share.
+        lowered = score - (1 - share) * abs(score)
+        yield SearchResult(video, moment.start, moment.end, lowered, score, float(moment.score))
 
 
 def sketch_scores(sketch: Tensor, question: Tensor) -> Tensor:

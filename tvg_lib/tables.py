@@ -9,7 +9,7 @@ comes from.
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -137,12 +137,15 @@ class ResultTable:
         metrics: columns, in order.
         rows: in order.
         provenance: one line for each row of ours that has records.
+        intervals: show our means with their intervals over queries, not with the deviation over
+            seeds.
     """
 
     title: str
     metrics: tuple[str, ...]
     rows: tuple[Row, ...]
     provenance: tuple[str, ...]
+    intervals: bool = False
 
     @property
     def _cells(self) -> list[Cell]:
@@ -186,7 +189,9 @@ class ResultTable:
         if row.run is None or cell is None:
             return ""
         summary = cell.ours if view == "ours" else cell.here
-        return NOT_RUN if summary is None else str(summary)
+        if summary is None:
+            return NOT_RUN
+        return summary.with_interval if self.intervals else str(summary)
 
     @staticmethod
     def _source(row: Row) -> str:
@@ -248,19 +253,19 @@ class ResultTable:
         """One line a metric of a row: paper, ours and this machine with seeds, source and note."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        views = [f"{v}_{part}" for v in ("ours", "here") for part in ("mean", "sd", "seeds")]
+        parts = ("mean", "low", "high", "seeds") if self.intervals else ("mean", "sd", "seeds")
+        views = [f"{view}_{part}" for view in ("ours", "here") for part in parts]
         writer.writerow(["row", "metric", "paper", *views, "source", "note"])
         for row in self.rows:
             for metric, cell in row.cells.items():
                 numbers: list[str | int] = []
                 for summary in (cell.ours, cell.here):
-                    if row.run is None:
-                        numbers += ["", "", ""]
-                    elif summary is None:
-                        numbers += [NOT_RUN, "", ""]
-                    else:
-                        sd = "" if summary.sd is None else f"{summary.sd:.4f}"
-                        numbers += [f"{summary.mean:.4f}", sd, summary.seeds]
+                    if summary is None:
+                        numbers += [NOT_RUN if row.run else "", *[""] * (len(parts) - 1)]
+                        continue
+                    values = [getattr(summary, part) for part in parts[:-1]]
+                    numbers += ["" if v is None else f"{v:.4f}" for v in values]
+                    numbers.append(summary.seeds)
                 paper = cell.paper or PaperNumber("", "", "", "", "", "")
                 writer.writerow(
                     [row.label, metric, paper.printed, *numbers, paper.source, paper.note]
@@ -312,6 +317,7 @@ def of_runs(
     *,
     committed: Sequence[RunRecord],
     fresh: Sequence[RunRecord],
+    intervals: bool = False,
 ) -> ResultTable:
     """A table of our own runs, for experiments that no paper has.
 
@@ -321,9 +327,11 @@ def of_runs(
         metrics: columns, by their names in the records.
         committed: records of one scale, for the column "ours".
         fresh: records of one scale, for the column "this machine".
+        intervals: as of `ResultTable`; for differences, whose interval is what counts.
     """
     numbers: dict[str, dict[str, PaperNumber]] = {label: {} for label in runs}
-    return _assemble(title, tuple(metrics), numbers, runs, committed, fresh)
+    table = _assemble(title, tuple(metrics), numbers, runs, committed, fresh)
+    return replace(table, intervals=intervals)
 
 
 def _assemble(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.patches import Rectangle
 
 from tvg_lib.data.batching import BatchPlan
 from tvg_lib.data.dataset import GroundingDataset, Query
@@ -27,6 +27,7 @@ from tvg_lib.metrics.bootstrap import Estimate, bootstrap
 from tvg_lib.models.point_grounder import PointGrounder
 from tvg_lib.moments import TimeGrid
 from tvg_lib.viz import COLOURS, INK, PALE, QUIET, WIDTH, Interval
+from tvg_lib.viz_diagrams import arrow, box
 
 LENGTH_EDGES = (0.0, 10.0, 20.0, 40.0, 80.0, 150.0)  # seconds; what is longer joins the last
 
@@ -294,16 +295,16 @@ def draw_framework(levels: int = 4) -> Figure:
                 kind = "negative"
             x = left + at * wide
             face = colour.get(kind, PALE)
-            box = (x, y), wide * stride * 0.86, 0.42
-            axes.add_patch(Rectangle(*box, facecolor=face, alpha=0.85, linewidth=0))
-            centres.setdefault((level, kind), []).append((x + box[1] / 2, y + 0.21))
+            place = (x, y), wide * stride * 0.86, 0.42
+            axes.add_patch(Rectangle(*place, facecolor=face, alpha=0.85, linewidth=0))
+            centres.setdefault((level, kind), []).append((x + place[1] / 2, y + 0.21))
         name = r"$Z^0$" if level == 0 else rf"$Z^{level}$"
         axes.text(left - 0.12, y + 0.21, name, ha="right", va="center")
     band = (left + moment[0] * wide, -0.16)
     axes.add_patch(Rectangle(band, (moment[1] - moment[0]) * wide, 0.09, color=TRUTH, linewidth=0))
     axes.text(band[0] + 5.2 * wide, -0.13, "moment", fontsize=8, color=TRUTH, va="center")
-    _note(axes, 0.0, -0.95, 1.35, "clip features\nof the video")
-    _arrow(axes, (1.35, -0.72), (left + 0.6, -0.05), INK)
+    box(axes, 0.0, -0.95, 1.35, "clip features\nof the video")
+    arrow(axes, (1.35, -0.72), (left + 0.6, -0.05), INK)
     axes.text(left + 0.5, -0.5, "convolutions (eq. 1)", fontsize=8, color=QUIET, va="center")
     axes.text(
         0.0, 1.6, "transformer\nblocks, each\nhalves the\nlength (2-4)", fontsize=8, color=QUIET
@@ -311,42 +312,42 @@ def draw_framework(levels: int = 4) -> Figure:
     (first, *_) = centres[(0, "target")]
     for level in range(1, levels + 1):
         for end in centres.get((level, "target"), [])[:1]:
-            _arrow(axes, first, end, colour["target"], curve=0.25)
+            arrow(axes, first, end, colour["target"], curve=0.25)
         for end in centres.get((level, "negative"), [])[:1]:
-            _arrow(axes, first, end, colour["negative"], curve=-0.2, dashed=True)
+            arrow(axes, first, end, colour["negative"], curve=-0.2, dashed=True)
     row = centres[(1, "target")]
-    _arrow(axes, row[0], row[-1], INK, curve=-0.5)
+    arrow(axes, row[0], row[-1], INK, curve=-0.5)
     right = left + steps * wide + 0.35
-    _note(
+    box(
         axes,
         right,
         3.0,
         3.6,
         "cross-scale (eq. 12): targets of $Z^0$ towards\ntargets above, away from negatives",
     )
-    _note(
+    box(
         axes,
         right,
         2.15,
         3.6,
         "within-scale (eq. 11): targets of a level\ntowards each other (one pair is shown)",
     )
-    _note(
+    box(
         axes,
         right,
         1.0,
         3.6,
         "late fusion with the words of the query (5-7),\nheads: score and distances (8, 9)",
     )
-    _note(
+    box(
         axes,
         right,
         0.15,
         3.6,
         r"$L = L_{cls} + \rho L_{reg} + \rho L_{within} + \rho L_{cross}$  (13)",
     )
-    _arrow(axes, (left + steps * wide, 0.93), (right, 1.2), INK)
-    _arrow(axes, (right + 1.8, 0.98), (right + 1.8, 0.62), INK)
+    arrow(axes, (left + steps * wide, 0.93), (right, 1.2), INK)
+    arrow(axes, (right + 1.8, 0.98), (right + 1.8, 0.62), INK)
     for number, (kind, text) in enumerate(
         (("target", "targets of the query"), ("negative", "negatives: outside its moments"))
     ):
@@ -356,38 +357,6 @@ def draw_framework(levels: int = 4) -> Figure:
     axes.set_xlim(-0.1, right + 3.7)
     axes.set_ylim(-1.15, 0.72 * levels + 0.75)
     return figure
-
-
-def _note(axes: Axes, x: float, y: float, wide: float, text: str) -> None:
-    """A rounded box of two lines with its lower left corner at (x, y)."""
-    style = "round,pad=0.02,rounding_size=0.06"
-    tall = 0.3 + 0.26 * text.count("\n")
-    axes.add_patch(
-        FancyBboxPatch((x, y), wide, tall, boxstyle=style, facecolor="white", edgecolor=QUIET)
-    )
-    axes.text(x + wide / 2, y + tall / 2, text, ha="center", va="center", fontsize=8)
-
-
-def _arrow(
-    axes: Axes,
-    start: tuple[float, float],
-    end: tuple[float, float],
-    colour: str,
-    curve: float = 0.0,
-    dashed: bool = False,
-) -> None:
-    axes.add_patch(
-        FancyArrowPatch(
-            start,
-            end,
-            arrowstyle="-|>",
-            mutation_scale=9,
-            connectionstyle=f"arc3,rad={curve}",
-            color=colour,
-            linewidth=1.1,
-            linestyle="--" if dashed else "-",
-        )
-    )
 
 
 def _length(query: Query) -> float:
