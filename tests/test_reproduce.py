@@ -166,7 +166,13 @@ def test_a_stopped_run_resumes_with_the_notebook_it_was_in(checkout: Path, numbe
     )
     slow.touch()
     command = [sys.executable, "-m", "tvg_lib.reproduce", "--scale", "smoke"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    # Where tests run in the background of a shell, SIGINT is ignored, and children inherit that.
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         deadline = time.monotonic() + 120
         while not (checkout / "started").exists():
             assert process.poll() is None, process.stderr.read().decode()

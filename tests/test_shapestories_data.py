@@ -242,7 +242,7 @@ def test_training_a_little_goes_the_same_way(tmp_path: Path) -> None:
         recipe,
         model=replace(recipe.model, channels=(12, 24, 48), text_layers=1, dim=48),
         batch_size=32,
-        batches=60,
+        batches=150,
         training=replace(recipe.training, epochs=1, warmup_epochs=0.1, learning_rate=3e-3),
     )
     result = train_encoder(small, tmp_path / "run")

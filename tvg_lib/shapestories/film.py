@@ -41,7 +41,8 @@ def encode_mp4(
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(quality), "preset": "medium", "threads": "1"}
         for number, (_, pixels) in enumerate(frames(script, fps, look)):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            # Left to the encoder, the conversion rounds differently from run to run.
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
             frame.pts, frame.time_base = number, Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
