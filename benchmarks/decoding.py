@@ -25,6 +25,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from plain_suppression import slow_suppress, slow_vote
 
+from tvg_lib import paths
 from tvg_lib.decoding import DecodingConfig, decode
 from tvg_lib.results import environment
 
@@ -114,10 +115,7 @@ def main() -> None:
             times = " ".join(f"{k} {v:.2e} s" for k, v in rows[-1]["seconds"].items())
             print(f"Q={queries} N={count}: {times}", flush=True)
     record = {"environment": environment(), "load": os.getloadavg(), "rows": rows}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, arguments.out)
+    paths.write_text(arguments.out, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tvg_lib import paths
 from tvg_lib.data.batching import GroundingBatch
 from tvg_lib.decoding import DecodingConfig, decode, point_moments
 from tvg_lib.losses.detection import DetectionObjective
@@ -233,7 +234,4 @@ def main(script: str, configuration: str, build: Callable[[], PointGrounder]) ->
         "environment": environment(),
         "rows": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, arguments.out)
+    paths.write_text(arguments.out, json.dumps(record, indent=1) + "\n")

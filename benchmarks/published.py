@@ -44,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tvg_lib import paths
 from tvg_lib.data.batching import GroundingBatch
 from tvg_lib.models import hieramamba, snag
 from tvg_lib.models.hieramamba import AnchorMambaPooling, HieraMamba
@@ -448,10 +449,7 @@ def main() -> None:
         row["parts"] = parts(model, batch, arguments.rounds)
         print(f"{name} parts: {row['parts']}", flush=True)
         record[name] = row
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, arguments.out)
+    paths.write_text(arguments.out, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tvg_lib import paths
 from tvg_lib.data.batching import GroundingBatch
 from tvg_lib.losses.cells import CellObjective
 from tvg_lib.models.a2fa import A2FA, A2FAConfig
@@ -232,10 +233,7 @@ def main() -> None:
         "environment": environment(),
         "rows": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, arguments.out)
+    paths.write_text(arguments.out, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
