@@ -39,10 +39,10 @@ def encode_mp4(
         stream = container.add_stream("libx264", rate=fps)
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(quality), "preset": "medium", "threads": "1"}
+        # With B-frames x264 packs the same pictures into other bytes on every run.
+        stream.options = {"crf": str(quality), "preset": "medium", "threads": "1", "bf": "0"}
         for number, (_, pixels) in enumerate(frames(script, fps, look)):
-            # Left to the encoder, the conversion rounds differently from run to run.
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
