@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -189,25 +189,26 @@ GRADIENT_CONFIG = TrainingConfig(
 )
 
 
+SMALL_SNAG = SnagConfig(
+    video_dim=16,
+    text_dim=16,
+    channels=16,
+    heads=2,
+    levels=4,
+    window=5,
+    max_clips=24,
+    text_channels=16,
+    text_heads=2,
+    text_layers=1,
+    fusion_layers=1,
+    fusion_heads=2,
+)
+
+
 def snag(dropout: float = 0.1) -> tuple[SnAG, DetectionObjective]:
     """A small SnAG for `snag_plan`."""
     set_seed(3)
-    config = SnagConfig(
-        video_dim=16,
-        text_dim=16,
-        channels=16,
-        heads=2,
-        levels=4,
-        window=5,
-        max_clips=24,
-        text_channels=16,
-        text_heads=2,
-        text_layers=1,
-        fusion_layers=1,
-        fusion_heads=2,
-        dropout=dropout,
-        drop_path=dropout,
-    )
+    config = replace(SMALL_SNAG, dropout=dropout, drop_path=dropout)
     return SnAG(config), DetectionObjective(norm_start=10)
 
 

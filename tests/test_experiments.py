@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from _training_run import SMALL_SNAG
 
 from tvg_lib.baselines import ClipScores, MomentPrior
 from tvg_lib.data.dataset import GroundingDataset
@@ -21,25 +22,11 @@ from tvg_lib.experiments import (
     train_grounder,
 )
 from tvg_lib.losses.detection import DetectionObjective
-from tvg_lib.models.snag import SnAG, SnagConfig
+from tvg_lib.models.snag import SnAG
 from tvg_lib.results import load_records, records_folder
 from tvg_lib.training import TrainingConfig
 
 WORLD = PlantedConfig(train=12, val=6, test=6, clips=(12, 24), queries=2, dim=16)
-ARCHITECTURE = SnagConfig(
-    video_dim=16,
-    text_dim=16,
-    channels=16,
-    heads=2,
-    levels=3,
-    window=5,
-    max_clips=24,
-    text_channels=16,
-    text_heads=2,
-    text_layers=1,
-    fusion_layers=1,
-    fusion_heads=2,
-)
 RECIPE = GroundingRecipe(
     training=TrainingConfig(
         epochs=2, warmup_epochs=1, select_by="mIoU", device="cpu", progress=False
@@ -65,13 +52,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def trained(data: dict[str, GroundingDataset], recipe: GroundingRecipe = RECIPE):
     return train_grounder(
         "snag",
-        lambda: SnAG(ARCHITECTURE),
+        lambda: SnAG(SMALL_SNAG),
         lambda: DetectionObjective(norm_start=10),
         recipe,
         data["train"],
         data["val"],
         scale="cpu",
-        architecture=ARCHITECTURE,
+        architecture=SMALL_SNAG,
         modules=["tvg_lib.models.snag", "tvg_lib.losses.detection"],
     )
 
@@ -100,7 +87,7 @@ def test_the_record_says_what_was_done(run, data, checkout) -> None:
     assert record.parameters["trained_on"] == data["train"].name
     assert record.parameters["validated_on"] == data["val"].name
     assert record.parameters["recipe"]["training"]["epochs"] == 2
-    assert record.parameters["architecture"]["levels"] == 3
+    assert record.parameters["architecture"]["levels"] == SMALL_SNAG.levels
     assert record.parameters["model_parameters"] == sum(p.numel() for p in run.model.parameters())
     assert record.seconds >= round(run.training.seconds, 2)
     (folder,) = record.artifacts

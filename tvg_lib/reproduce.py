@@ -445,7 +445,8 @@ def _data_fingerprint() -> dict[str, str]:
 
 
 def _records_fingerprint(scale: str) -> str:
-    folders = [paths.results(), records_folder(scale, fresh=True)]
+    benchmarks = paths.root() / "benchmarks" / "results"
+    folders = [paths.results(), benchmarks, records_folder(scale, fresh=True)]
     files = [f for folder in folders for f in folder.rglob("*") if f.suffix in (".json", ".csv")]
     return files_fingerprint(files, paths.root())
 
