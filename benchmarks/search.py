@@ -10,6 +10,12 @@ first size, the exact scores of all segments without a sketch, encoding the ques
 end to end with the zero-shot window in the best ten videos. `--words` encodes with
 all-MiniLM-L6-v2. `--cpu-time` counts the time of the processor instead of the clock's: with one
 thread it is what the clock would show on an idle machine, however busy this one is.
+
+`--faiss 16` measures FAISS (`pip install faiss-cpu`) on the same segments, as it is mostly used: a
+search of the 512 nearest segments in inverted lists of 8-bit codes, 16 of about 4 sqrt(N) lists
+read. FAISS ranks segments, so the second branch's score and the re-ranking would come on top.
+"Found" is the share of the 20 best videos (of an exact search) that a search has among its first
+20, over 32 random questions; random videos have no clusters, which is the hardest case for lists.
 """
 
 import argparse
@@ -19,7 +25,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +44,7 @@ from tvg_lib.results import environment
 from tvg_lib.retrieval.data import RetrievalView
 from tvg_lib.search import Retriever, VideoIndex
 
-CLIPS, DIM = 75, 384
+CLIPS, SEGMENTS, DIM = 75, 32, 384
 
 
 class RandomWords:
@@ -94,7 +101,7 @@ def build(folder: str, videos: int, words: object) -> Replicated:
     model = MamFusion(config).eval()
     for parameter in model.corrections.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    index = Replicated.create(folder, Retriever(model, RetrievalView(32, 40, 64), words))
+    index = Replicated.create(folder, Retriever(model, RetrievalView(SEGMENTS, 40, 64), words))
     rng = np.random.default_rng(1)
 
     def clips() -> np.ndarray:
@@ -107,6 +114,64 @@ def build(folder: str, videos: int, words: object) -> Replicated:
     return index
 
 
+def videos_of(segments: np.ndarray) -> list[int]:
+    """The first 20 different videos of segments, best first."""
+    return list(dict.fromkeys((segments // SEGMENTS).tolist()))[:20]
+
+
+def measure_faiss(
+    flat: torch.Tensor,
+    unit: torch.Tensor,
+    copies: int,
+    rounds: int,
+    clock: Callable[[], float],
+) -> dict[str, float]:
+    """Time of one question, and at one copy what is found, by exact search and inverted lists."""
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    own, question = flat.numpy(), unit[None].numpy()
+    lists = int(4 * (copies * len(own)) ** 0.5)
+    index = faiss.index_factory(DIM, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+    started = time.perf_counter()
+    index.train(np.tile(own, (min(copies, 4), 1)))
+    for _ in range(copies):
+        index.add(own)
+    row = {"faiss_build_s": time.perf_counter() - started}
+    index.nprobe = 16
+    row["faiss_ms"] = median_ms(lambda: index.search(question, 512), rounds, clock)
+    if copies == 1:
+        plain = faiss.IndexFlatIP(DIM)
+        plain.add(own)
+        row["faiss_exact_ms"] = median_ms(lambda: plain.search(question, 512), rounds, clock)
+        true, listed = (i.search(questions().numpy(), 512)[1] for i in (plain, index))
+        row["faiss_found"] = found(map(videos_of, true), map(videos_of, listed))
+    return row
+
+
+def questions() -> torch.Tensor:
+    """(32, D) random unit vectors."""
+    return F.normalize(torch.randn(32, DIM, generator=torch.Generator().manual_seed(2)), dim=-1)
+
+
+def found(expected: Iterable[list[int]], listed: Iterable[list[int]]) -> float:
+    """Share of the expected videos that are listed."""
+    pairs = list(zip(expected, listed, strict=True))
+    return sum(len(set(a) & set(b)) for a, b in pairs) / sum(len(a) for a, _ in pairs)
+
+
+def found_by_sketch(index: VideoIndex, flat: torch.Tensor, queries: EncodedQueries) -> float:
+    """Share of the 20 videos with the best exact scores that the index has among its first 20."""
+    exact, retrieved = [], []
+    for question in questions():
+        best = torch.mv(flat, question).view(-1, SEGMENTS).amax(1)
+        scores = index.retriever.model.combined(best, index._vectors @ question)
+        exact.append(scores.topk(20).indices.tolist())
+        asked = replace(queries, vector=question[None])
+        retrieved.append(index.retrieve(asked, rerank=0)[1][:20].tolist())
+    return found(exact, retrieved)
+
+
 def main() -> None:
     """Measure every size and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -117,6 +182,7 @@ def main() -> None:
     parser.add_argument("--words", action="store_true", help="encode a real question, end to end")
     parser.add_argument("--threads", type=int, help="of torch; its own choice where not given")
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--faiss", type=int, default=0, help="up to so many copies, beside FAISS")
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     if arguments.threads:
@@ -126,6 +192,8 @@ def main() -> None:
         index = build(folder, arguments.videos, MiniLM() if arguments.words else RandomWords())
         queries: EncodedQueries = index.retriever.encode_question("a man in red feeds a dog")[0]
         unit = F.normalize(queries.vector, dim=-1)[0]
+        segments = index._rows("segments", torch.arange(len(index)))
+        flat = F.normalize(segments, dim=-1).flatten(0, 1)
         for copies in arguments.copies:
             index.replicate(copies)
 
@@ -142,10 +210,9 @@ def main() -> None:
                 "rerank_ms": median_ms(retrieve(20), arguments.rounds, clock),
             }
             if copies == 1:
-                segments = index._rows("segments", torch.arange(len(index)))
-                flat = F.normalize(segments, dim=-1).flatten(0, 1)
+                row["found"] = found_by_sketch(index, flat, queries)
                 row["exact_ms"] = median_ms(
-                    lambda: torch.mv(flat, unit).view(-1, 32).amax(1).topk(128),  # noqa: B023
+                    lambda: torch.mv(flat, unit).view(-1, SEGMENTS).amax(1).topk(128),
                     arguments.rounds,
                     clock,
                 )
@@ -159,6 +226,8 @@ def main() -> None:
                     arguments.rounds,
                     clock,
                 )
+            if copies <= arguments.faiss:
+                row |= measure_faiss(flat, unit, copies, arguments.rounds, clock)
             rows.append({"load": os.getloadavg()[0]} | row)
             print({k: round(v, 2) for k, v in rows[-1].items()}, flush=True)
     record = {
