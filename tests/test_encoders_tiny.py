@@ -1,6 +1,7 @@
 """The tiny dual encoder: its loss against loops, its training on a world of eight sentences."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,35 @@ def test_the_order_of_frames_and_words_matters(model: TinyDualEncoder, windows: 
     assert np.abs(model.video.encode(windows) - model.video.encode(windows[:, ::-1])).max() > 1e-3
     one, other = model.text.encode(["red blue", "blue red"])
     assert np.abs(one - other).max() > 1e-4
+
+
+def test_outlines_are_read_at_every_pixel_of_two_frames(model: TinyDualEncoder) -> None:
+    rng = np.random.default_rng(3)
+    plain = draw(rng, 1)[0]
+    plain += rng.integers(0, 20, plain.shape, np.uint8)
+    for number in range(CONFIG.frames):
+        finer = plain.copy()  # the same at half the size: neighbours change places
+        finer[:, number] = (
+            plain[:, number].reshape(1, 32, 16, 2, 3)[:, :, :, ::-1].reshape(1, 32, 32, 3)
+        )
+        same = np.array_equal(model.video.encode(finer), model.video.encode(plain))
+        assert same == (number not in model.video.looks)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4])
+@pytest.mark.parametrize("size", [16, 64])
+def test_every_shape_of_window_has_a_vector_even_an_empty_one(frames: int, size: int) -> None:
+    torch.manual_seed(0)
+    video = TinyDualEncoder(replace(CONFIG, frames=frames, size=size), WORDS).video
+    empty = torch.full((3, frames, size, size, 3), 20, dtype=torch.uint8)
+    seen = empty.clone()
+    seen[:, :, 4:10, 4:10] = torch.tensor(COLOURS["red"], dtype=torch.uint8)
+    for windows in (seen, empty):
+        vectors = video.train()(windows)
+        vectors.sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in video.parameters())
+        lengths = np.linalg.norm(video.eval().encode(windows.numpy()), axis=1)
+        np.testing.assert_allclose(lengths, 1, atol=1e-5)
 
 
 def test_what_an_encoder_cannot_read_is_refused(

@@ -1,18 +1,21 @@
 """A tiny dual encoder: windows of frames and sentences in one space, CLIP's recipe at toy size.
 
-    frames (N, F, H, W, 3) ─▶ cones: which of K hues is it, if any? ─▶ K maps, F frames deep
-                                 │                             └▶ convolutions, shared by the hues
-                                 └▶ the mean of each row             └▶ strongest place ─▶ (N, D)
+    frames (N, F, H, W, 3) ─▶ cones: which of K hues is it, if any? ─▶ K maps of F frames
+                                 │        all frames, half the size ─▶ convolutions: motion ┐
+                                 │        two frames, every pixel ───▶ convolutions: shape ─┤
+                                 └▶ the mean of each row              strongest place ◀─────┘
+                                              └──────────▶ (N, D) ◀────────┘
     words  (N, K) ─▶ embedding, positions ─▶ transformer ─▶ mean over words ─▶ (N, D)
 
 Minutes of training on a laptop must suffice, so the architecture brings what they cannot teach. The
 first layer is a retina: *cones*, each for one hue, compete for every pixel with one another and
 with the background. They see its colour and how it differs from its row of the picture, so that a
 red shape is red by day and at night. What one cone wins is looked at by the same convolutions as
-what the others win, with the frames of the window as channels: what stays and what changes, apart.
-So whatever is learnt of a shape or a motion is learnt for every colour at once, and stays joined to
-its colour. The hues are trained too, from where the configuration starts them. A hue that wins next
-to nothing is not there, and costs nothing.
+what the others win. As in the eye, motion and shape go two ways: all frames of the window, coarse,
+as channels (what stays and what changes, apart), and the outline in two of the frames, fine; the
+ways join at every place, so a motion stays with the shape that moves. Whatever is learnt of either
+is learnt for every colour at once, and stays joined to its colour. The hues are trained too, from
+where the configuration starts them. A hue that wins next to nothing is taken to be absent.
 
 Training is CLIP's symmetric InfoNCE (Radford et al. 2021, figure 3), with one change. A generated
 world says the same thing twice within a batch, or in other words; such pairs are no negatives.
@@ -44,7 +47,7 @@ from tvg_lib.distributed import reduce_sum
 from tvg_lib.encoders.protocols import weights_name
 from tvg_lib.errors import ConfigurationError, DataError
 
-FORMAT = "tvg-companion/tiny-dual-encoder/3"
+FORMAT = "tvg-companion/tiny-dual-encoder/4"
 _SHARPNESS = 24.0  # of the choice between hues, before training
 _SPECK = 1.5  # pixels, at half the size: what is smaller is not looked at
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
@@ -59,7 +62,8 @@ class TinyConfig:
         size: height and width of a frame, a multiple of 16.
         window, stride: length of a window and distance between the starts of neighbours, seconds.
         cones: RGB, in [0, 1], of the hue that each cone stands for before training.
-        channels: after each of the three convolutions.
+        channels: of the three convolutions that see motion; those that see shape have half the
+            first, the first and the second of them.
         scene: width of what is known of the background.
         width, text_layers, heads: of the transformer that reads sentences.
         dim: of the common space.
@@ -95,10 +99,10 @@ class TinyConfig:
             raise ConfigurationError("TinyConfig: a window has frames and a sentence has words")
         if not (self.window > 0 and self.stride > 0):
             raise ConfigurationError("TinyConfig: window and stride are positive, in seconds")
-        if len(self.channels) != 3 or self.width % self.heads:
+        if len(self.channels) != 3 or self.channels[0] < 2 or self.width % self.heads:
             raise ConfigurationError(
-                f"TinyConfig: three channels, and a width shared by {self.heads} heads, found "
-                f"{self.channels} and {self.width}"
+                f"TinyConfig: three channels, the first at least 2, and a width shared by "
+                f"{self.heads} heads, found {self.channels} and {self.width}"
             )
         if not self.cones or any(len(rgb) != 3 or len(set(rgb)) == 1 for rgb in self.cones):
             raise ConfigurationError(f"TinyConfig.cones: RGB that is not grey, found {self.cones}")
@@ -118,6 +122,11 @@ def _changes(frames: int) -> Tensor:
     at = (torch.arange(frames) + 0.5) / frames
     rows = torch.cos(math.pi * torch.arange(frames)[:, None] * at)
     return F.normalize(rows, dim=1)
+
+
+def _shaded(maps: Tensor, pixels: Tensor) -> Tensor:
+    """Maps (N, K, F, h, w) of pixels (N, F, 3, h, w): marks on a shape are darker than it."""
+    return maps * (pixels.amax(2)[:, None] + 1) / 2
 
 
 class TinyFrames(nn.Module):
@@ -140,7 +149,9 @@ class TinyFrames(nn.Module):
             self.cones.bias.zero_()
             self.cones.bias[K] = 0.9 * _SHARPNESS  # faint hues are none
         self.register_buffer("changes", _changes(config.frames), persistent=False)
-        self.convolutions = nn.Sequential(
+        # Outlines are read in two frames: three times in four, one of them shows who blinks.
+        self.looks = sorted({config.frames // 8, config.frames * 5 // 8})
+        self.motion = nn.Sequential(
             nn.BatchNorm2d(2 * config.frames, affine=False),
             nn.Conv2d(2 * config.frames, first, 5, stride=2, padding=2, bias=False),
             nn.BatchNorm2d(first),
@@ -151,8 +162,20 @@ class TinyFrames(nn.Module):
             nn.Conv2d(second, third, 3, padding=1, bias=False),
             nn.BatchNorm2d(third),
             nn.ReLU(),
-            nn.Conv2d(third, 2 * third, 1),
         )
+        self.outline = nn.Sequential(
+            nn.BatchNorm2d(1, affine=False),
+            nn.Conv2d(1, first // 2, 5, stride=2, padding=2, bias=False),
+            nn.BatchNorm2d(first // 2),
+            nn.ReLU(),
+            nn.Conv2d(first // 2, first, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(first),
+            nn.ReLU(),
+            nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(second),
+            nn.ReLU(),
+        )
+        self.joined = nn.Conv2d(second + third, 2 * third, 1)
         self.scene = nn.Linear(config.size * 3, config.scene)
         self.output = nn.Linear(len(config.cones) * 2 * third + config.scene, config.dim)
         self.spread = nn.BatchNorm1d(config.dim, affine=False)
@@ -190,28 +213,38 @@ class TinyFrames(nn.Module):
     def forward(self, windows: Tensor) -> Tensor:
         """Args: windows (N, F, H, W, 3) uint8. Returns (N, D) of length 1."""
         N, frames = windows.shape[:2]
-        planes = windows.permute(0, 1, 4, 2, 3).to(self.cones.weight.dtype).flatten(0, 1)
-        pixels = (F.avg_pool2d(planes, 2) / 127.5 - 1).unflatten(0, (N, frames))
+        planes = windows.permute(0, 1, 4, 2, 3).to(self.cones.weight.dtype)
+        pixels = F.avg_pool2d(planes.flatten(0, 1), 2).unflatten(0, (N, frames)) / 127.5 - 1
         rows = pixels.mean((1, 4), keepdim=True)  # (N, 1, 3, H / 2, 1): sky and ground
-        figures = pixels - rows
-        scene = torch.cat([rows.flatten(1), figures.abs().mean((1, 4)).flatten(1)], dim=1)
-        light = torch.cat([pixels, figures, figures.abs()], dim=2).flatten(3).transpose(1, 2)
-        logits = self.cones.weight @ light.flatten(2) + self.cones.bias[:, None]
-        maps = logits.softmax(1)[:, :-1].unflatten(2, pixels.shape[1:2] + pixels.shape[3:])
+        maps = self._won(pixels, rows)
+        variation = (pixels - rows).abs().mean((1, 4))
+        scene = torch.cat([rows.flatten(1), variation.flatten(1)], dim=1)
+        # Most hues are nowhere to be seen; their maps need no looking at. Near the edge of notice
+        # what is found fades in, so that a vector is continuous in the pixels.
         area = maps.sum((3, 4)).amax(2).float()  # (N, K) pixels
         there = ((area - _SPECK) / _SPECK).clamp(0, 1)
         others = maps.sum(1, keepdim=True) - maps
-        shaded = maps * (pixels.amax(2)[:, None] + 1) / 2  # marks on a shape are darker than it
-        both = torch.stack([shaded, others], dim=2)[there > 0]  # (M, 2, F, H / 2, W / 2)
-        both = (self.changes @ both.flatten(3)).unflatten(3, both.shape[3:]).flatten(1, 2)
-        # Most hues are nowhere to be seen; their maps need no looking at. Near the edge of notice
-        # what is found fades in, so that a vector is continuous in the pixels.
-        found = self.convolutions(both)
+        both = torch.stack([_shaded(maps, pixels), others], dim=2)[there > 0]
+        both = (self.changes @ both.flatten(3)).unflatten(
+            3, both.shape[3:]
+        )  # (M, 2, F, H / 2, W / 2)
+        motion = self.motion(both.flatten(1, 2))
+        sharp = planes[:, self.looks] / 127.5 - 1
+        fine = _shaded(self._won(sharp, rows.repeat_interleave(2, dim=3)), sharp)[there > 0]
+        outline = self.outline(fine.flatten(0, 1)[:, None]).unflatten(0, fine.shape[:2]).amax(1)
+        found = self.joined(torch.cat([motion, outline], dim=1))
         found = F.relu(found.amax((2, 3)).float()) * there[there > 0][:, None]
         seen = found.new_zeros(*there.shape, found.shape[1])
         seen[there > 0] = found
         known = torch.cat([seen.flatten(1), F.relu(self.scene(scene))], dim=1)
         return F.normalize(self.spread(self.output(known)).float(), dim=-1)
+
+    def _won(self, pixels: Tensor, rows: Tensor) -> Tensor:
+        """(N, K, F, h, w) what each cone wins of pixels (N, F, 3, h, w) and their rows' means."""
+        figures = pixels - rows
+        light = torch.cat([pixels, figures, figures.abs()], dim=2).transpose(1, 2)
+        logits = self.cones.weight @ light.flatten(2) + self.cones.bias[:, None]
+        return logits.softmax(1)[:, :-1].unflatten(2, light.shape[2:])
 
     @torch.inference_mode()
     def encode(self, windows: np.ndarray) -> np.ndarray:

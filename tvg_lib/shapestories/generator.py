@@ -204,11 +204,10 @@ class _Writer:
     # --- the stage --------------------------------------------------------------------------------
 
     def _cast(self) -> list[Actor]:
-        """Different actors from few colours and shapes; some pairs differ in size only."""
+        """Different actors of five colours and five shapes; some differ in size only."""
         rng = self.rng
         count = rng.randint(*self.config.cast)
-        kinds = 4 if count <= 9 else 5
-        colours, shapes = rng.sample(world.COLOURS, kinds), rng.sample(world.SHAPES, kinds)
+        colours, shapes = rng.sample(world.COLOURS, 5), rng.sample(world.SHAPES, 5)
         cast: list[Actor] = []
         while len(cast) < count:
             actor = Actor(rng.choice(colours), rng.choice(shapes), rng.choice(world.SIZES))

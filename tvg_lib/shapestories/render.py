@@ -189,15 +189,21 @@ def _alone(
     elif event.verb == "spin":
         angle[now, a] += 2 * pi * _cycles(event, 1.6) * u
     elif event.verb == "grow":
-        radius[now, a] *= 1 + 0.6 * np.minimum(u / 0.95, (1 - u) / 0.05)
+        radius[now, a] *= 1 + 0.6 * _swell(event, u)
     elif event.verb == "shrink":
-        radius[now, a] *= 1 - 0.65 * np.minimum(u / 0.95, (1 - u) / 0.05)
+        radius[now, a] *= 1 - 0.65 * _swell(event, u)
     elif event.verb == "blink":
         radius[now, a] *= (times[now] - event.start) % 0.8 < 0.4
     elif event.verb == "follow":
         shift_x, shift_y = _tour(event, u)
         x[now, event.partner] += shift_x
         y[now, event.partner] += shift_y
+
+
+def _swell(event: Event, u: np.ndarray) -> np.ndarray:
+    """From 0 slowly up to 1 and quickly back, about every 2.2 seconds, as long as a clip looks."""
+    v = u * _cycles(event, 2.2) % 1
+    return np.minimum(v / 0.9, (1 - v) / 0.1)
 
 
 def _tour(event: Event, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -239,8 +245,10 @@ def _together(
         here, before = _tour(event, u), _tour(event, u - 0.6 / (event.end - event.start))
         target_x = target_x - here[0] + before[0]
         target_y = target_y - here[1] + before[1]
-    else:
+    else:  # hide, and peek out: who cannot be seen at all could be anybody
         w = _ramp(u, 0.3)
+        share = size[b] / distance
+        target_x, target_y = target_x + away_x * share, target_y + away_y * share
         behind[now, a] = True
     x[now, a] += w * (target_x - x[now, a])
     y[now, a] += w * (target_y - y[now, a])
