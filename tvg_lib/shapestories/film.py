@@ -77,7 +77,7 @@ class Player:
     rows: Sequence[tuple[str, Sequence]] = ()
     look: RenderConfig | None = field(default=None, repr=False)
     fps: int = FPS
-    quality: int = 30
+    quality: int = 34
 
     def __repr__(self) -> str:
         return f"Player({self.script!r}, {len(self.rows)} rows)"
