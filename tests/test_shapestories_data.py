@@ -259,7 +259,7 @@ def test_training_a_little_goes_the_same_way(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_training_again_gives_the_same_quality(tmp_path: Path) -> None:
-    """The whole recipe, about ten minutes of one core."""
+    """The whole recipe, about a quarter of an hour of one core."""
     recipe = EncoderRecipe()
     result = train_encoder(recipe, tmp_path / "run")
     held_out = PairPlan(recipe.source("val"), recipe.batch_size, 4, seed=99)
