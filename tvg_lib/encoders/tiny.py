@@ -212,9 +212,8 @@ class TinyFrames(nn.Module):
 
     def forward(self, windows: Tensor) -> Tensor:
         """Args: windows (N, F, H, W, 3) uint8. Returns (N, D) of length 1."""
-        N, frames = windows.shape[:2]
         planes = windows.permute(0, 1, 4, 2, 3).to(self.cones.weight.dtype)
-        pixels = F.avg_pool2d(planes.flatten(0, 1), 2).unflatten(0, (N, frames)) / 127.5 - 1
+        pixels = F.avg_pool2d(planes.flatten(0, 1), 2).unflatten(0, windows.shape[:2]) / 127.5 - 1
         rows = pixels.mean((1, 4), keepdim=True)  # (N, 1, 3, H / 2, 1): sky and ground
         maps = self._won(pixels, rows)
         variation = (pixels - rows).abs().mean((1, 4))
@@ -225,10 +224,8 @@ class TinyFrames(nn.Module):
         there = ((area - _SPECK) / _SPECK).clamp(0, 1)
         others = maps.sum(1, keepdim=True) - maps
         both = torch.stack([_shaded(maps, pixels), others], dim=2)[there > 0]
-        both = (self.changes @ both.flatten(3)).unflatten(
-            3, both.shape[3:]
-        )  # (M, 2, F, H / 2, W / 2)
-        motion = self.motion(both.flatten(1, 2))
+        changes = self.changes @ both.flatten(3)  # (M, 2, F, H / 2 * W / 2)
+        motion = self.motion(changes.unflatten(3, both.shape[3:]).flatten(1, 2))
         sharp = planes[:, self.looks] / 127.5 - 1
         fine = _shaded(self._won(sharp, rows.repeat_interleave(2, dim=3)), sharp)[there > 0]
         outline = self.outline(fine.flatten(0, 1)[:, None]).unflatten(0, fine.shape[:2]).amax(1)

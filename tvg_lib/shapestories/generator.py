@@ -27,6 +27,7 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 PLACES = tuple((x, y) for y in (0.36, 0.72) for x in (0.18, 0.5, 0.82))
+_KINDS = 5  # colours, and shapes, that the cast of a film is drawn from
 _HELD_OUT_SHARE = 0.35  # of the cast of a test film: actors never seen in training
 
 
@@ -207,7 +208,7 @@ class _Writer:
         """Different actors of five colours and five shapes; some differ in size only."""
         rng = self.rng
         count = rng.randint(*self.config.cast)
-        colours, shapes = rng.sample(world.COLOURS, 5), rng.sample(world.SHAPES, 5)
+        colours, shapes = (rng.sample(kinds, _KINDS) for kinds in (world.COLOURS, world.SHAPES))
         cast: list[Actor] = []
         while len(cast) < count:
             actor = Actor(rng.choice(colours), rng.choice(shapes), rng.choice(world.SIZES))
