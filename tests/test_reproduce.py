@@ -216,13 +216,13 @@ def test_the_smoke_scale_cannot_reach_real_data(
     assert outputs(Task(source, "cpu").output) == f"{tmp_path}\n"
 
 
-def test_reports_run_again_when_a_record_changes(
+def test_reports_run_again_when_a_record_or_a_benchmark_changes(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ordinary = Task(add(checkout, "05_train"), "cpu")
     report = Task(add(checkout, "90_tables"), "cpu")
     before = ordinary.key(), report.key()
-    for folder in ("results/records/full", "runs/cpu/records"):
+    for folder in ("results/records/full", "runs/cpu/records", "benchmarks/results"):
         (checkout / folder).mkdir(parents=True, exist_ok=True)
         (checkout / folder / "a.json").write_text("{}")
         after = ordinary.key(), report.key()
@@ -304,6 +304,18 @@ def test_wrong_parameters_stop_the_run_before_it_starts(
     assert main(["--scale", "cpu"]) == 2
     assert message in capsys.readouterr().err
     assert not first.output.exists()
+
+
+def test_a_parameter_file_with_a_label_is_a_further_run_of_its_notebook(checkout: Path) -> None:
+    source = add(checkout, "05_train", "print(EPOCHS)")
+    add(checkout, "06_other", "print(EPOCHS)")
+    (checkout / "params/cpu/05_train@short.yaml").write_text("SCALE: cpu\nEPOCHS: 7\n")
+    assert main(["--scale", "cpu"]) == 0
+    own, further = Task.all_of(source, "cpu")
+    assert (own.name, further.name) == ("05_train", "05_train@short")
+    assert (outputs(own.output), outputs(further.output)) == ("1\n", "7\n")
+    assert own.stamp_file != further.stamp_file
+    assert [task.label for task in Task.all_of(source, "smoke")] == [""]
 
 
 def test_two_runs_of_one_scale_do_not_meet(

@@ -2,7 +2,8 @@
 
 Each notebook is executed by papermill into `runs/<scale>/notebooks/` with the parameters of
 `params/<scale>/NN_name.yaml` (the smoke scale takes the notebooks' own defaults and embedded data
-only). A notebook that finished leaves a stamp; it is skipped as long as its code, its parameters,
+only). A notebook may have further runs at a scale, on other data: `NN_name@label.yaml` is one more,
+kept as `NN_name@label.ipynb`. A notebook that finished leaves a stamp; it is skipped as long as its code, its parameters,
 the library code it imports and the data at hand are the same. Notebooks from 90 on report what the
 others recorded, and depend on the records too. A notebook that fails is kept as far as it came, the
 others go on, and the exit status is 1.
@@ -100,16 +101,31 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Task:
-    """One notebook at one scale."""
+    """One run of one notebook at one scale.
+
+    Attributes:
+        source: the notebook.
+        scale: of the run.
+        label: of a further run with parameters of its own; empty for the notebook's own run.
+        overrides: parameters on top of those of the file.
+    """
 
     source: Path
     scale: str
+    label: str = ""
     overrides: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def all_of(cls, source: Path, scale: str) -> list["Task"]:
+        """The run of a notebook, and the further ones that parameter files ask for."""
+        files = sorted((paths.params() / scale).glob(f"{source.stem}@*.yaml"))
+        labels = ["", *(file.stem.partition("@")[2] for file in files)]
+        return [cls(source, scale, label) for label in labels]
 
     @property
     def name(self) -> str:
-        """File name without suffix, such as `05_snag`."""
-        return self.source.stem
+        """File name of the executed notebook without suffix: `05_snag`, or `05_snag@short`."""
+        return f"{self.source.stem}@{self.label}" if self.label else self.source.stem
 
     @property
     def is_report(self) -> bool:
@@ -465,7 +481,7 @@ def publish(scale: str) -> list[Task]:
     return [
         task
         for source in numbered(paths.notebooks())
-        if (task := Task(source, scale, ((PUBLISH, True),))).is_report
+        if (task := Task(source, scale, overrides=((PUBLISH, True),))).is_report
     ]
 
 
@@ -544,7 +560,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tasks = publish(options.scale)
         else:
             chosen = select(options.only, numbered(paths.notebooks()))
-            tasks = [Task(path, options.scale) for path in chosen]
+            tasks = [task for path in chosen for task in Task.all_of(path, options.scale)]
         if not tasks:
             raise ConfigurationError("there are no numbered notebooks")
         if options.list:
