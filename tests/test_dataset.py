@@ -169,6 +169,35 @@ def test_a_split_keeps_recordings_whole(sizes, seed):
     assert len(held.videos) < round(0.3 * len(names)) + max(sizes)
 
 
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=4, max_size=12),
+    count=st.integers(2, 4),
+    seed=st.integers(0, 99),
+)
+def test_folds_hold_every_recording_out_once(sizes, count, seed):
+    names = {f"v{r}-{i}": f"r{r}" for r, size in enumerate(sizes) for i in range(size)}
+    plain = dataset(dict.fromkeys(names, 10), [query(f"q-{key}", key, (0, 4)) for key in names])
+    whole = replace(
+        plain, videos={key: replace(v, recording=names[key]) for key, v in plain.videos.items()}
+    )
+    folds = whole.folds(count, seed)
+    assert sorted(key for _, held in folds for key in held.videos) == sorted(names)
+    for kept, held in folds:
+        assert set(kept.videos) == set(names) - set(held.videos)
+        sides = [{video.recording for video in part.videos.values()} for part in (kept, held)]
+        assert not sides[0] & sides[1]
+    lengths = [len(held.videos) for _, held in folds]
+    assert max(lengths) - min(lengths) <= max(sizes)
+    assert len({held.name for _, held in folds}) == count
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_impossible_number_of_folds_is_refused(count):
+    two = dataset({"v": 20, "w": 20}, [query("a", "v", (0, 4))])
+    with pytest.raises(DataError, match="2 recordings: expected 2 to as many folds"):
+        two.folds(count, 0)
+
+
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
 def test_impossible_fractions_are_refused(toy, fraction):
     with pytest.raises(DataError, match="between 0 and 1"):

@@ -67,7 +67,7 @@ def test_the_bytes_of_a_script_do_not_depend_on_the_machine() -> None:
     """Pinned: a change of this hash is a change of the benchmark, and wants new features."""
     scripts = [write_script(config, "test", 0) for config in (SHORT, MEDIUM, LONG)]
     digest = hashlib.sha256("\n".join(script.to_json() for script in scripts).encode())
-    assert digest.hexdigest()[:16] == "6d6c21c08e9ef2be"
+    assert digest.hexdigest()[:16] == "9f29af9f5975afce"
 
 
 @settings(max_examples=25)
@@ -456,7 +456,7 @@ def test_actions_show_what_they_are_called(verb: str) -> None:
     elif verb == "hide":
         assert seen["behind"].all()
         assert np.ptp(distance[70:130]) < 1  # stays there, half behind the other
-        assert distance[100] == pytest.approx(other["radius"][100], abs=1)
+        assert distance[100] == pytest.approx(0.55 * other["radius"][100], abs=1)
 
 
 @pytest.mark.parametrize("front", world.SHAPES)
@@ -470,7 +470,7 @@ def test_who_hides_is_partly_covered(shape: str, front: str) -> None:
         with_it, without = (render(s, np.array([time]), CLEAR)[0] for s in (hidden, alone))
         return int((with_it != without).any(-1).sum())
 
-    assert 0.3 < pixels_of_the_actor(13.0) / pixels_of_the_actor(8.0) < 1
+    assert 0.2 < pixels_of_the_actor(13.0) / pixels_of_the_actor(8.0) < 0.75
 
 
 def test_every_scene_looks_different() -> None:

@@ -1,7 +1,7 @@
 """The one in-memory form of every data set: videos, queries, moments in seconds, time grids."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
@@ -212,23 +212,55 @@ class GroundingDataset:
         """
         if not 0 < fraction < 1:
             raise DataError(f"the held-out fraction lies between 0 and 1, found {fraction}")
-        recordings: dict[str, list[str]] = {}
-        for video in sorted(self.videos.values(), key=lambda video: video.id):
-            recordings.setdefault(video.recording or video.id, []).append(video.id)
+        recordings = self._shuffled_recordings(seed)
         count = max(1, round(fraction * len(self.videos)))
         held: list[str] = []
-        for name in np.random.default_rng(seed).permutation(sorted(recordings)):
+        for videos in recordings:
             if len(held) >= count:
                 break
-            held += recordings[name]
+            held += videos
         if len(held) == len(self.videos):
             raise DataError(
                 f"{self.name}: holding {fraction} of {len(self.videos)} videos out "
                 f"({len(recordings)} recordings) leaves none to train on"
             )
+        return self._without(held, "")
+
+    def folds(self, count: int, seed: int) -> list[tuple["GroundingDataset", "GroundingDataset"]]:
+        """For cross-validation: every video is held out once, with all of its recording.
+
+        Returns:
+            (kept, held out) of each fold; the folds are about equally large.
+
+        Raises:
+            DataError: fewer than two folds, or more than there are recordings.
+        """
+        recordings = self._shuffled_recordings(seed)
+        if not 2 <= count <= len(recordings):
+            raise DataError(
+                f"{self.name} has {len(recordings)} recordings: expected 2 to as many folds, found "
+                f"{count}"
+            )
+        held: list[list[str]] = [[] for _ in range(count)]
+        for videos in recordings:
+            min(held, key=len).extend(videos)
+        return [self._without(part, str(number)) for number, part in enumerate(held)]
+
+    def _shuffled_recordings(self, seed: int) -> list[list[str]]:
+        """The ids of the videos of each recording, the recordings in a random order."""
+        recordings: dict[str, list[str]] = {}
+        for video in sorted(self.videos.values(), key=lambda video: video.id):
+            recordings.setdefault(video.recording or video.id, []).append(video.id)
+        order = np.random.default_rng(seed).permutation(sorted(recordings))
+        return [recordings[name] for name in order]
+
+    def _without(
+        self, held: Sequence[str], fold: str
+    ) -> tuple["GroundingDataset", "GroundingDataset"]:
+        """(kept, held out); the fold is part of both names."""
         return (
-            self.subset(self.videos.keys() - held, f"{self.name}-train"),
-            self.subset(held, f"{self.name}-held"),
+            self.subset(self.videos.keys() - held, f"{self.name}-train{fold}"),
+            self.subset(held, f"{self.name}-held{fold}"),
         )
 
     def recording_of(self, query: Query) -> str:

@@ -129,6 +129,12 @@ def _shaded(maps: Tensor, pixels: Tensor) -> Tensor:
     return maps * (pixels.amax(2)[:, None] + 1) / 2
 
 
+def _convolved(channels: int, out: int, kernel: int, stride: int) -> tuple[nn.Module, ...]:
+    """A convolution from `channels` to `out` channels, normalised and cut off at zero."""
+    convolution = nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, bias=False)
+    return convolution, nn.BatchNorm2d(out), nn.ReLU()
+
+
 class TinyFrames(nn.Module):
     """The window encoder; a `tvg_lib.encoders.protocols.VideoEncoder`."""
 
@@ -149,31 +155,19 @@ class TinyFrames(nn.Module):
             self.cones.bias.zero_()
             self.cones.bias[K] = 0.9 * _SHARPNESS  # faint hues are none
         self.register_buffer("changes", _changes(config.frames), persistent=False)
-        # Outlines are read in two frames: three times in four, one of them shows who blinks.
-        self.looks = sorted({config.frames // 8, config.frames * 5 // 8})
+        # Outlines are read in two frames, so far apart that one of them shows who blinks.
+        self.looks = sorted({config.frames // 8, config.frames * 6 // 8})
         self.motion = nn.Sequential(
             nn.BatchNorm2d(2 * config.frames, affine=False),
-            nn.Conv2d(2 * config.frames, first, 5, stride=2, padding=2, bias=False),
-            nn.BatchNorm2d(first),
-            nn.ReLU(),
-            nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(second),
-            nn.ReLU(),
-            nn.Conv2d(second, third, 3, padding=1, bias=False),
-            nn.BatchNorm2d(third),
-            nn.ReLU(),
+            *_convolved(2 * config.frames, first, 5, stride=2),
+            *_convolved(first, second, 3, stride=2),
+            *_convolved(second, third, 3, stride=1),
         )
         self.outline = nn.Sequential(
             nn.BatchNorm2d(1, affine=False),
-            nn.Conv2d(1, first // 2, 5, stride=2, padding=2, bias=False),
-            nn.BatchNorm2d(first // 2),
-            nn.ReLU(),
-            nn.Conv2d(first // 2, first, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(first),
-            nn.ReLU(),
-            nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(second),
-            nn.ReLU(),
+            *_convolved(1, first // 2, 5, stride=2),
+            *_convolved(first // 2, first, 3, stride=2),
+            *_convolved(first, second, 3, stride=2),
         )
         self.joined = nn.Conv2d(second + third, 2 * third, 1)
         self.scene = nn.Linear(config.size * 3, config.scene)

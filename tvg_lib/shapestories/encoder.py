@@ -50,7 +50,7 @@ class EncoderRecipe:
     batches: int = 200
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            epochs=10,
+            epochs=12,
             warmup_epochs=0.5,
             learning_rate=2.5e-3,
             schedule="cosine",

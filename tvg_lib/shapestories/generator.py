@@ -56,7 +56,7 @@ class StoryConfig:
     scene: tuple[float, float]
     pause: tuple[float, float]
     activity: tuple[float, float] = (15.0, 120.0)
-    busy: float = 0.4
+    busy: float = 0.3
     questions: int = 8
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ SHORT = StoryConfig(
     places=(3, 4),
     stay=(12, 100),
     scene=(8, 80),
-    pause=(1, 12),
+    pause=(6, 45),
     activity=(15, 60),
     questions=8,
 )
@@ -95,7 +95,7 @@ MEDIUM = StoryConfig(
     places=(3, 4),
     stay=(20, 250),
     scene=(20, 200),
-    pause=(2, 25),
+    pause=(6, 50),
     questions=32,
 )
 LONG = StoryConfig(
@@ -105,7 +105,7 @@ LONG = StoryConfig(
     places=(3, 4),
     stay=(30, 600),
     scene=(60, 1000),
-    pause=(3, 40),
+    pause=(6, 60),
     questions=64,
 )
 
@@ -257,10 +257,10 @@ class _Writer:
     def _enter_and_leave(self, stay: Stay) -> None:
         self.stays.append(stay)
         if stay.start > 0:
-            end = _tenths(stay.start + _log_uniform(self.rng, 1, 3))
+            end = _tenths(stay.start + _log_uniform(self.rng, 1.5, 4))
             self._note(Event("enter", stay.actor, None, stay.start, end))
         if stay.end < self.duration:
-            start = _tenths(stay.end - _log_uniform(self.rng, 1, 3))
+            start = _tenths(stay.end - _log_uniform(self.rng, 1.5, 4))
             self._note(Event("leave", stay.actor, None, start, stay.end))
 
     # --- what happens -----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ is known from the scripts, so a sentence that happens to be true of another wind
 against it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from random import Random
 
@@ -31,6 +31,9 @@ from tvg_lib.shapestories.world import Event, Scene, Script, Stay
 _KINDS = {"action": 0.64, "activity": 0.14, "presence": 0.08, "setting": 0.06, "both": 0.08}
 _VAGUE = 0.35  # of the actors are named by colour or shape only
 _SIZED = 0.25  # of the others are named with their size
+
+CROWDED = replace(SHORT, pause=(4, 30), busy=0.4)
+"""Films to learn from: fuller than those of the data sets, so that each window teaches more."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class PairSource:
     Attributes:
         frames: of a window, each in the middle of its share of the window.
         window: seconds.
-        films: training films of the short kind that windows are taken from.
+        films: films, as short as those of `SHORT` but fuller, that windows are taken from.
         windows_per_film: of one batch.
         sentences: said of each window.
         seed: of the world.
@@ -163,7 +166,7 @@ class PairSource:
 
 @lru_cache(maxsize=4096)
 def _film(split: str, number: int, seed: int) -> Script:
-    return write_script(SHORT, split, number, seed)
+    return write_script(CROWDED, split, number, seed)
 
 
 def _describe(view: View, draw: Random) -> Meaning:

@@ -225,16 +225,17 @@ def _together(
     a, b = event.actor, event.partner
     away_x, away_y = x[now, a] - x[now, b], y[now, a] - y[now, b]
     distance = np.hypot(away_x, away_y).clip(min=1e-6)
+    away_x, away_y = away_x / distance, away_y / distance
     touching = size[a] + size[b]
     target_x, target_y = x[now, b], y[now, b]
+    apart = 0.0  # from the target, on the actor's own side
     if event.verb == "bump":
         cycle = u * _cycles(event, 1.5) % 1
         w = 1 - np.abs(2 * cycle - 1)
-        share = touching * 0.85 / distance
-        target_x, target_y = target_x + away_x * share, target_y + away_y * share
+        apart = 0.85 * touching
         push = 0.07 * np.clip(1 - np.abs(cycle - 0.56) / 0.12, 0, 1)
-        x[now, b] -= push * away_x / distance
-        y[now, b] -= push * away_y / distance
+        x[now, b] -= push * away_x
+        y[now, b] -= push * away_y
     elif event.verb == "circle":
         w = _ramp(u, 0.2)
         phase = 2 * pi * _cycles(event, 2.2) * u
@@ -247,11 +248,10 @@ def _together(
         target_y = target_y - here[1] + before[1]
     else:  # hide, and peek out: who cannot be seen at all could be anybody
         w = _ramp(u, 0.3)
-        share = size[b] / distance
-        target_x, target_y = target_x + away_x * share, target_y + away_y * share
+        apart = 0.55 * size[b]
         behind[now, a] = True
-    x[now, a] += w * (target_x - x[now, a])
-    y[now, a] += w * (target_y - y[now, a])
+    x[now, a] += w * (target_x + apart * away_x - x[now, a])
+    y[now, a] += w * (target_y + apart * away_y - y[now, a])
 
 
 # --- drawing --------------------------------------------------------------------------------------
