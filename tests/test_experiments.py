@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from _training_run import SMALL_SNAG
 
-from tvg_lib.baselines import ClipScores, MomentPrior
+from tvg_lib.baselines import ClipScores, MomentPrior, ZeroShotWindow
 from tvg_lib.data.dataset import GroundingDataset
 from tvg_lib.data.planted import PlantedConfig, planted
 from tvg_lib.errors import ConfigurationError
@@ -135,3 +135,16 @@ def test_a_rule_has_a_record_like_any_other(data, checkout) -> None:
 def test_ranked_answers_take_no_external_scores(run, data) -> None:
     with pytest.raises(ConfigurationError, match="has none"):
         read_ranked(run.model, data["test"], RECIPE, ClipScores())
+
+
+def test_highlights_are_reported_only_where_every_query_is_rated(
+    data: dict[str, GroundingDataset],
+) -> None:
+    answers = ZeroShotWindow().predict(data["val"])
+    assert all(answer.saliency is not None for answer in answers)
+    rated = grounding_metrics(answers, data["val"]).values
+    first, *others = data["val"].queries
+    unrated = replace(data["val"], queries=(replace(first, saliency=None), *others))
+    plain = grounding_metrics(answers, unrated).values
+    assert any(name.startswith("HL-") for name in rated)
+    assert plain == {name: v for name, v in rated.items() if not name.startswith("HL-")}

@@ -41,6 +41,8 @@ def qvhighlights_report(
         DataError: predictions and queries do not correspond.
     """
     by_id = _matched(predictions, dataset)
+    if any(query.saliency is None for query in dataset.queries):
+        by_id = {key: replace(found, saliency=None) for key, found in by_id.items()}
     report = evaluate(
         [submission_entry(by_id[query.id]) for query in dataset.queries],
         [_annotation(query, dataset.videos[query.video_id].duration) for query in dataset.queries],
