@@ -3,10 +3,10 @@
 Each notebook is executed by papermill into `runs/<scale>/notebooks/` with the parameters of
 `params/<scale>/NN_name.yaml` (the smoke scale takes the notebooks' own defaults and embedded data
 only). A notebook may have further runs at a scale, on other data: `NN_name@label.yaml` is one more,
-kept as `NN_name@label.ipynb`. A notebook that finished leaves a stamp; it is skipped as long as its code, its parameters,
-the library code it imports and the data at hand are the same. Notebooks from 90 on report what the
-others recorded, and depend on the records too. A notebook that fails is kept as far as it came, the
-others go on, and the exit status is 1.
+kept as `NN_name@label.ipynb`. A notebook that finished leaves a stamp; it is skipped as long as its
+code, its parameters, the library code it imports and the data at hand are the same. Notebooks from
+90 on report what the others recorded, and depend on the records too. A notebook that fails is kept
+as far as it came, the others go on, and the exit status is 1.
 
     --only 05,90      these notebooks only
     --jobs 2          notebooks side by side, each with its share of the cores
