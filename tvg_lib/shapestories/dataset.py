@@ -45,7 +45,7 @@ LENGTHS: dict[Length, StoryConfig] = {"short": SHORT, "medium": MEDIUM, "long": 
 FILMS: dict[str, dict[Length, tuple[int, int, int]]] = {
     "smoke": {"short": (16, 4, 6), "medium": (2, 1, 1), "long": (1, 1, 1)},
     "cpu": {"short": (400, 60, 120), "medium": (60, 12, 24), "long": (12, 4, 6)},
-    "full": {"short": (1600, 100, 240), "medium": (240, 24, 60), "long": (48, 6, 16)},
+    "full": {"short": (1600, 100, 240), "medium": (160, 20, 40), "long": (32, 4, 10)},
 }
 FILMS["gpu"] = FILMS["full"]
 
