@@ -316,6 +316,9 @@ def test_a_parameter_file_with_a_label_is_a_further_run_of_its_notebook(checkout
     assert (outputs(own.output), outputs(further.output)) == ("1\n", "7\n")
     assert own.stamp_file != further.stamp_file
     assert [task.label for task in Task.all_of(source, "smoke")] == [""]
+    (checkout / "params/cpu/05_train@.yaml").write_text("SCALE: cpu\n")
+    with pytest.raises(ConfigurationError, match=r"05_train@\.yaml: expected NN_name@label"):
+        Task.all_of(source, "cpu")
 
 
 def test_two_runs_of_one_scale_do_not_meet(
@@ -331,10 +334,13 @@ def test_only_selects_by_number_and_name_in_order(checkout: Path) -> None:
     for name in ("05_b", "01_a", "90_tables"):
         add(checkout, name)
     (checkout / "notebooks" / "scratch.ipynb").write_text("{}")
-    every = numbered(checkout / "notebooks")
-    assert [p.stem for p in every] == ["01_a", "05_b", "90_tables"]
-    assert [p.stem for p in select("90, 5", every)] == ["05_b", "90_tables"]
-    assert [p.stem for p in select("05_b.ipynb", every)] == ["05_b"]
+    every = [path.stem for path in numbered(checkout / "notebooks")]
+    assert every == ["01_a", "05_b", "90_tables"]
+    assert select("90, 5", every) == ["05_b", "90_tables"]
+    assert select("05_b.ipynb", every) == ["05_b"]
+    assert select("5", ["05_b", "05_b@short"]) == ["05_b", "05_b@short"]
+    assert select("05_b@short", ["05_b", "05_b@short"]) == ["05_b@short"]
+    assert select("05_b", ["05_b", "05_b@short"]) == ["05_b"]
     with pytest.raises(ConfigurationError, match="no notebook '06'; there are 01_a, 05_b, 90"):
         select("05,06", every)
 

@@ -455,7 +455,7 @@ def test_actions_show_what_they_are_called(verb: str) -> None:
         assert np.median(later) < 5  # and was shortly before where the follower is now
     elif verb == "hide":
         assert seen["behind"].all()
-        assert np.ptp(distance[70:130]) < 1  # stays there, half behind the other
+        assert np.ptp(distance[70:130]) < 1  # stays there, mostly behind the other
         assert distance[100] == pytest.approx(0.55 * other["radius"][100], abs=1)
 
 

@@ -35,7 +35,8 @@ def recall_report(
 def qvhighlights_report(
     predictions: Sequence[Prediction], dataset: GroundingDataset
 ) -> QVHighlightsReport:
-    """Every QVHighlights metric; highlights too where saliency is annotated and predicted.
+    """Every QVHighlights metric; highlights too where every query has annotated saliency
+    and every answer predicts it.
 
     Raises:
         DataError: predictions and queries do not correspond.

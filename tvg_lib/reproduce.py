@@ -8,7 +8,7 @@ code, its parameters, the library code it imports and the data at hand are the s
 90 on report what the others recorded, and depend on the records too. A notebook that fails is kept
 as far as it came, the others go on, and the exit status is 1.
 
-    --only 05,90      these notebooks only
+    --only 05,90      these notebooks only, with all of their runs; 05_snag@short is one run
     --jobs 2          notebooks side by side, each with its share of the cores
     --force           run even what is unchanged
     --list            show what would run, and why
@@ -117,10 +117,21 @@ class Task:
 
     @classmethod
     def all_of(cls, source: Path, scale: str) -> list["Task"]:
-        """The run of a notebook, and the further ones that parameter files ask for."""
-        files = sorted((paths.params() / scale).glob(f"{source.stem}@*.yaml"))
-        labels = ["", *(file.stem.partition("@")[2] for file in files)]
-        return [cls(source, scale, label) for label in labels]
+        """The run of a notebook, and the further ones that parameter files ask for.
+
+        Raises:
+            ConfigurationError: a file at the smoke scale, which has none, or without a label.
+        """
+        runs = [cls(source, scale)]
+        for file in sorted((paths.params() / scale).glob(f"{source.stem}@*.yaml")):
+            label = file.stem.partition("@")[2]
+            if scale == "smoke" or not label:
+                raise ConfigurationError(
+                    f"params/{scale}/{file.name}: expected NN_name@label.yaml, not at the smoke "
+                    "scale"
+                )
+            runs.append(cls(source, scale, label))
+        return runs
 
     @property
     def name(self) -> str:
@@ -165,6 +176,7 @@ class Task:
                 "library": code_fingerprint(*modules),
                 "data": None if self.scale == "smoke" else _data_fingerprint(),
                 "records": _records_fingerprint(self.scale) if self.is_report else None,
+                "grounders": _grounders_fingerprint(),
             }
         )
 
@@ -243,27 +255,28 @@ def numbered(*folders: Path) -> list[Path]:
     return sorted((p for p in files if notebooks.FILE_NAME.fullmatch(p.stem)), key=lambda p: p.stem)
 
 
-def select(only: str | None, candidates: Sequence[Path]) -> list[Path]:
-    """The notebooks that `only` names, in order; all of them where it is empty.
+def select(only: str | None, names: Sequence[str]) -> list[str]:
+    """The names that `only` asks for, in order; all of them where it is empty.
 
     Args:
-        only: comma-separated numbers or names, such as "05,90_tables".
-        candidates: the notebooks to choose from.
+        only: comma-separated numbers or names, such as "05,90_tables". A number means all runs of a
+            notebook, "05_snag@short" one of its further runs.
+        names: to choose from, `NN_name` or `NN_name@label`.
 
     Raises:
-        ConfigurationError: if a name matches no notebook.
+        ConfigurationError: if a part of `only` matches no name.
     """
     if not only:
-        return list(candidates)
-    chosen: set[Path] = set()
+        return list(names)
+    chosen: set[str] = set()
     for wanted in filter(None, (part.strip() for part in only.split(","))):
         number = f"{int(wanted):02d}" if wanted.isdecimal() else None
-        matching = [p for p in candidates if wanted in (p.stem, p.name) or p.stem[:2] == number]
+        matching = [n for n in names if n == wanted.removesuffix(".ipynb") or n[:2] == number]
         if not matching:
-            known = ", ".join(dict.fromkeys(p.stem for p in candidates)) or "none"
+            known = ", ".join(dict.fromkeys(names)) or "none"
             raise ConfigurationError(f"no notebook {wanted!r}; there are {known}")
         chosen.update(matching)
-    return [p for p in candidates if p in chosen]
+    return [name for name in names if name in chosen]
 
 
 def reproduce(tasks: Sequence[Task], *, force: bool = False, jobs: int = 1) -> dict[str, str]:
@@ -441,9 +454,9 @@ def _take_signals_back(**_: Any) -> None:
 
 
 def _artifacts(scale: str) -> dict[str, int]:
-    """Records and figures of a scale, by name below its folder, with their times of change."""
+    """What notebooks of a scale keep, by name below its folder, with the times of change."""
     folder = paths.runs(scale)
-    files = [f for part in ("records", "figures") for f in (folder / part).rglob("*")]
+    files = [f for part in ("records", "figures", "grounders") for f in (folder / part).rglob("*")]
     return {f.relative_to(folder).as_posix(): f.stat().st_mtime_ns for f in files if f.is_file()}
 
 
@@ -465,6 +478,11 @@ def _records_fingerprint(scale: str) -> str:
     folders = [paths.results(), benchmarks, records_folder(scale, fresh=True)]
     files = [f for folder in folders for f in folder.rglob("*") if f.suffix in (".json", ".csv")]
     return files_fingerprint(files, paths.root())
+
+
+def _grounders_fingerprint() -> str:
+    folder = paths.results() / "grounders"
+    return files_fingerprint((f for f in folder.rglob("*") if f.is_file()), folder)
 
 
 def publish(scale: str) -> list[Task]:
@@ -508,7 +526,9 @@ def _commit(only: str) -> int:
 
     folder = paths.notebooks()
     status = 0
-    for path in select(only, numbered(folder, folder / "solutions")):
+    every = numbered(folder, folder / "solutions")
+    chosen = select(only, [path.stem for path in every])
+    for path in (path for path in every if path.stem in chosen):
         name = path.relative_to(folder).as_posix()
         started = time.perf_counter()
         try:
@@ -559,8 +579,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.publish:
             tasks = publish(options.scale)
         else:
-            chosen = select(options.only, numbered(paths.notebooks()))
-            tasks = [task for path in chosen for task in Task.all_of(path, options.scale)]
+            sources = numbered(paths.notebooks())
+            every = [task for path in sources for task in Task.all_of(path, options.scale)]
+            chosen = select(options.only, [task.name for task in every])
+            tasks = [task for task in every if task.name in chosen]
         if not tasks:
             raise ConfigurationError("there are no numbered notebooks")
         if options.list:

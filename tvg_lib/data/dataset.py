@@ -255,12 +255,12 @@ class GroundingDataset:
         return [recordings[name] for name in order]
 
     def _without(
-        self, held: Sequence[str], fold: str
+        self, held: Sequence[str], suffix: str
     ) -> tuple["GroundingDataset", "GroundingDataset"]:
-        """(kept, held out); the fold is part of both names."""
+        """(kept, held out), with names that end in the suffix."""
         return (
-            self.subset(self.videos.keys() - held, f"{self.name}-train{fold}"),
-            self.subset(held, f"{self.name}-held{fold}"),
+            self.subset(self.videos.keys() - held, f"{self.name}-train{suffix}"),
+            self.subset(held, f"{self.name}-held{suffix}"),
         )
 
     def recording_of(self, query: Query) -> str:

@@ -155,7 +155,7 @@ class TinyFrames(nn.Module):
             self.cones.bias.zero_()
             self.cones.bias[K] = 0.9 * _SHARPNESS  # faint hues are none
         self.register_buffer("changes", _changes(config.frames), persistent=False)
-        # Outlines are read in two frames, so far apart that one of them shows who blinks.
+        # Outlines are read in two frames; nearly always, one of them shows who blinks.
         self.looks = sorted({config.frames // 8, config.frames * 6 // 8})
         self.motion = nn.Sequential(
             nn.BatchNorm2d(2 * config.frames, affine=False),

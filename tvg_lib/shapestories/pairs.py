@@ -112,7 +112,7 @@ class PairSource:
     Attributes:
         frames: of a window, each in the middle of its share of the window.
         window: seconds.
-        films: films, as short as those of `SHORT` but fuller, that windows are taken from.
+        films: how many windows are drawn from; as long as those of `SHORT`, but fuller.
         windows_per_film: of one batch.
         sentences: said of each window.
         seed: of the world.
