@@ -61,7 +61,7 @@ class Enumeration(nn.Module):
         cells = mask[:, :, None] & mask[:, None] & (index[:, None] <= index)
         for convolution in self.convolutions:
             x = x + F.relu(convolution(x, cells[:, None]))
-        # The same start as F2SGD's: the sum of the frames' logits.
+        # As in F2SGD, what is learnt is added to the sum of the frames' logits.
         lengths = (index - index[:, None] + 1).clamp(min=1)
         evidence = self.gain * relevance.squeeze(-1) * lengths
         logits = self.score(x.movedim(1, -1)).squeeze(-1) + evidence
@@ -228,7 +228,7 @@ class BoundaryRegression(nn.Module):
         )
         self.score = nn.Linear(channels, 1)
         self.distance = nn.Linear(channels, 2)
-        nn.init.constant_(self.distance.bias, 1.5)  # about five frames to both sides
+        nn.init.constant_(self.distance.bias, 3.12)  # five frames to both sides
 
     def forward(self, alignment: Alignment) -> FrameBoundaries:
         """A moment of every frame."""
