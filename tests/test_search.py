@@ -228,6 +228,19 @@ def test_bad_videos_and_questions_are_refused(index, retriever, tmp_path):
         VideoIndex.create(tmp_path / "empty", retriever).search("question 1")
 
 
+def test_what_was_added_before_a_bad_video_stays(index, retriever):
+    grid, clips = index.videos[0].grid, np.ones((5, DIM), np.float32)
+    good = [(Video(f"good-{i}", 5.0, grid), clips) for i in range(search.SHARD)]
+    before = len(index)
+    with pytest.raises(DataError, match="width 6"):
+        index.add([*good, (Video("bad", 5.0, grid), np.ones((5, 4), np.float32))])
+    assert len(index) == before + search.SHARD
+    assert index.clips("good-0").shape == (5, DIM)
+    index.remove(["good-0"])
+    assert "good-0" not in index
+    assert "good-1" in VideoIndex.open(index.folder, retriever)
+
+
 # --- moments ----------------------------------------------------------------------------------
 
 

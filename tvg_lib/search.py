@@ -325,17 +325,19 @@ class VideoIndex:
 
         with self._locked():
             waiting: dict[str, tuple[Video, np.ndarray]] = {}
-            with tqdm(total=total, desc="index", unit="video") as bar:
-                for video, clips in videos:
-                    if video.id not in self._place and video.id not in waiting:
-                        waiting[video.id] = (video, self._checked(video, clips))
-                    bar.update()
-                    if len(waiting) == SHARD:
+            try:
+                with tqdm(total=total, desc="index", unit="video") as bar:
+                    for video, clips in videos:
+                        if video.id not in self._place and video.id not in waiting:
+                            waiting[video.id] = (video, self._checked(video, clips))
+                        bar.update()
+                        if len(waiting) == SHARD:
+                            self._write(list(waiting.values()))
+                            waiting = {}
+                    if waiting:
                         self._write(list(waiting.values()))
-                        waiting = {}
-                if waiting:
-                    self._write(list(waiting.values()))
-            self._load()
+            finally:
+                self._load()  # what was written before a bad video stays
         return self
 
     def add_dataset(self, dataset: GroundingDataset) -> "VideoIndex":
