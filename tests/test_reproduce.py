@@ -231,6 +231,17 @@ def test_reports_run_again_when_a_record_or_a_benchmark_changes(
         before = after
 
 
+def test_a_shipped_grounder_counts_where_a_notebook_asks_it(checkout: Path) -> None:
+    trains = Task(add(checkout, "05_train"), "cpu")
+    asks = Task(add(checkout, "93_ask", "from tvg_lib import paths\npaths.results()"), "cpu")
+    before = trains.key(), asks.key()
+    folder = checkout / "results" / "grounders" / "snag"
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").write_bytes(b"weights")
+    assert trains.key() == before[0]
+    assert asks.key() != before[1]
+
+
 def test_the_key_follows_data_code_and_parameters_but_not_prose(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
