@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tvg_lib import paths
+from tvg_lib.augmentation import joined
 from tvg_lib.baselines import MomentPrior
 from tvg_lib.data import sources
 from tvg_lib.data.dataset import GroundingDataset
@@ -25,6 +26,7 @@ from tvg_lib.shapestories.audit import (
     shape_of,
 )
 from tvg_lib.shapestories.dataset import (
+    LENGTHS,
     annotations,
     benchmark,
     captions,
@@ -282,3 +284,35 @@ def test_sources_offer_shapestories_by_name() -> None:
     with pytest.raises(ConfigurationError, match="shapestories-medium"):
         sources.benchmark("smoke", "shapestories")
     assert paths.cache().exists()
+
+
+def test_training_films_of_shorter_lengths_are_added(
+    toy: TinyDualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    films = {
+        length: load(replace(BRIEF, name=length), "train", 2, encoder=toy) for length in LENGTHS
+    }
+
+    def instead(config, split, count):
+        assert (split, count) == ("train", data_sets.FILMS["cpu"][config.name][0])
+        return films[config.name]
+
+    monkeypatch.setattr(data_sets, "load", instead)
+    short, long = films["short"], films["long"]
+    more = sources.enlarged(long, "cpu", "shapestories-long", shorter_films=True)
+    more.check()
+    in_order = [films[length] for length in ("long", "short", "medium")]
+    assert list(more.videos) == [key for part in in_order for key in part.videos]
+    assert len(more) == sum(len(part) for part in in_order)
+    query = short.queries[0]
+    assert np.array_equal(more.clips(query.video_id), short.clips(query.video_id))
+    assert np.array_equal(more.text_features[query.id], short.text_features[query.id])
+    assert more.fingerprint != long.fingerprint
+    assert sources.enlarged(long, "cpu", "shapestories-long") is long
+    assert sources.enlarged(short, "cpu", "shapestories-short", shorter_films=True) is short
+    with pytest.raises(DataError, match="both hold a video 'long-train-0000'"):
+        joined(long, long)
+    with pytest.raises(DataError, match="only one of them has sentence vectors"):
+        joined(long, replace(short, sentence_features=None))
+    with pytest.raises(ConfigurationError, match="found 'planted'"):
+        sources.split_of("cpu", "planted", "test")
