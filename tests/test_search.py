@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,8 +174,11 @@ def test_removed_videos_are_gone_and_their_files_too(index, retriever, library):
         index, "question 7"
     )
     manifest = json.loads((index.folder / "index.json").read_text())
-    named = {shard["name"] for shard in manifest["shards"]}
-    assert {path.name.split(".")[0] for path in index.folder.glob("shard-*")} == named
+    files = {path.name for path in index.folder.glob("[!.]*")} - {"index.json"}
+    basis = manifest["basis"]
+    assert files == {f"{basis}.npy"} | {
+        f"{name}.{end}" for name in manifest["shards"] for end in ("safetensors", f"{basis}.npy")
+    }
     np.testing.assert_allclose(index.clips("v19"), library.clips("v19"), atol=2e-2)
     with pytest.raises(DataError, match="no video 'v3'"):
         index.remove(["v19", "v3"])
@@ -201,19 +205,123 @@ def test_another_retriever_is_refused(index):
         Retriever(MamFusion(replace(CONFIG, text_dim=7)), VIEW, Words())
 
 
-def test_damage_is_found(index, retriever):
-    path = next(index.folder.glob("shard-*.segments.npy"))
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-8])
+@pytest.mark.parametrize("kind", ["shard-*.safetensors", "shard-*.npy", "basis-*.npy"])
+def test_a_damaged_file_is_named(index, retriever, kind):
+    path = next(index.folder.glob(kind))
+    path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(DataError, match=path.name):
         VideoIndex.open(index.folder, retriever)
-    path.write_bytes(whole)
+    path.unlink()
+    with pytest.raises(DataError, match=path.name):
+        VideoIndex.open(index.folder, retriever)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[:-5],
+        lambda text: json.dumps(json.loads(text) | {"basis": None}),
+        lambda text: json.dumps(json.loads(text) | {"fitted": None}),
+        lambda text: json.dumps(json.loads(text) | {"shards": ["../other"]}),
+        lambda text: text.replace("video-index/2", "video-index/1"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(index, retriever, change):
     manifest = index.folder / "index.json"
-    manifest.write_text(manifest.read_text()[:-5])
-    with pytest.raises(DataError, match="manifest"):
+    manifest.write_text(change(manifest.read_text()))
+    with pytest.raises(DataError, match=r"index\.json"):
         VideoIndex.open(index.folder, retriever)
     with pytest.raises(DataError, match="manifest"):
         VideoIndex.open(index.folder / "nowhere", retriever)
+
+
+def test_a_library_of_many_shards_holds_no_file_open(tmp_path, retriever, library, monkeypatch):
+    monkeypatch.setattr(search, "SHARD", 1)
+    held = Path("/proc/self/fd")
+    if not held.exists():
+        pytest.skip("counts open files where the system lists them")
+    before = len(list(held.iterdir()))
+    index = VideoIndex.create(tmp_path / "index", retriever).add_dataset(library)
+    again = VideoIndex.open(index.folder, retriever)
+    assert len(list(index.folder.glob("*.safetensors"))) == 20
+    assert len(list(held.iterdir())) < before + 10
+    assert ranking(again, "question 2") == ranking(index, "question 2")
+
+
+def test_the_manifest_names_shards_not_videos(index, library):
+    text = (index.folder / "index.json").read_text()
+    assert len(json.loads(text)["shards"]) == 4
+    assert not any(f'"{video_id}"' in text for video_id in library.videos)
+
+
+def test_the_sketch_is_fitted_again_when_the_library_has_grown(
+    tmp_path, library, small_shards, monkeypatch
+):
+    monkeypatch.setattr(search, "SKETCH", 2)
+    retriever = made_retriever()
+    grid, rng = TimeGrid(clip_size=1, stride=1, fps=1), np.random.default_rng(0)
+
+    def films(name, plane, count):
+        for number in range(count):
+            clips = 0.05 * rng.standard_normal((8, DIM))
+            clips[:, plane] += rng.standard_normal((8, 2))
+            yield Video(f"{name}-{number}", 8.0, grid), clips.astype(np.float32)
+
+    def kept(index, name):
+        """Share of the length of its segments that the sketch of some videos keeps."""
+        rows = [i for i, video in enumerate(index.videos) if video.id.startswith(name)]
+        sketch = index._sketch[:, rows].norm(dim=-1)
+        return float((sketch**2).mean())
+
+    index = VideoIndex.create(tmp_path / "index", retriever)
+    index.add(films("first", [0, 1], 6))
+    basis = json.loads((index.folder / "index.json").read_text())["basis"]
+    index.add(films("later", [2, 3], 12))
+    assert json.loads((index.folder / "index.json").read_text())["basis"] == basis
+    before = kept(index, "later")
+    index.add(films("again", [2, 3], 6))  # four times as many as the first fit
+    manifest = json.loads((index.folder / "index.json").read_text())
+    assert (manifest["basis"] != basis, manifest["fitted"]) == (True, 24)
+    assert kept(index, "later") > before + 0.1
+    again = VideoIndex.open(index.folder, retriever)
+    assert torch.equal(again._sketch, index._sketch)
+    assert not list(index.folder.glob(f"*{basis}*"))
+
+
+def test_what_a_killed_writer_left_is_swept_away(index, retriever):
+    left = [index.folder / name for name in ("shard-1.safetensors", "basis-1.npy", ".part-1-x.npy")]
+    for path in left:
+        path.write_bytes(b"half")
+    VideoIndex.open(index.folder, retriever)  # a reader leaves everything alone
+    assert all(path.exists() for path in left)
+    index.remove(["v0"])
+    assert not any(path.exists() for path in left)
+
+
+def test_a_reader_that_loses_its_shards_to_a_writer_reads_the_newer_index(
+    index, retriever, monkeypatch
+):
+    read = search._read_manifest
+    stale = [read(index.folder, retriever)]
+    index.remove(["v0"])
+
+    def racing(folder, retriever):
+        return stale.pop() if stale else read(folder, retriever)
+
+    monkeypatch.setattr(search, "_read_manifest", racing)
+    late = VideoIndex.open(index.folder, retriever)
+    assert "v0" not in late
+    assert len(late) == 19
+
+
+def test_an_index_is_created_once(tmp_path, retriever):
+    folder = tmp_path / "index"
+    first = VideoIndex.create(folder, retriever)
+    grid = TimeGrid(clip_size=1, stride=1, fps=1)
+    first.add([(Video("mine", 5.0, grid), np.ones((5, DIM), np.float32))])
+    assert "mine" in VideoIndex.create(folder, retriever)
+    with pytest.raises(DataError, match="another retriever"):
+        VideoIndex.create(folder, made_retriever(seed=1))
 
 
 def test_bad_videos_and_questions_are_refused(index, retriever, tmp_path):

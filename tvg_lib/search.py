@@ -12,11 +12,17 @@ Three steps, each over fewer videos than the one before:
     3. `top`            fusion over time (where the retriever has it), then a grounder for the
                         moment inside each video
 
-**Files.** `index.json` names everything and is replaced last, so that a reader, or a kill, finds
-the old index or the new one. Videos lie in *shards* of some hundred, an array a file:
-half-precision segments and clips, sketches and frame vectors. A shard is written once and never
-changed; videos are removed by writing their shard anew without them. Interrupted building goes on
-at the first video that no shard holds. Arrays are `.npy` and memory-mapped; nothing is unpickled.
+**Files.** `index.json` names the shards and the basis of the sketch and is replaced last, so that a
+reader, or a kill, finds the old index or the new one; what no index names any more, the next writer
+sweeps away. Videos lie in *shards* of some hundred, one safetensors file each: half-precision
+segments and clips, frame vectors, and in its header what videos they are of. A shard is written
+once and never changed; videos are removed by writing their shard anew without them. Interrupted
+building goes on at the first video that no shard holds. Shards are memory-mapped without holding
+a file open, so a library may have any number of them; nothing is unpickled.
+
+The sketch of a shard is a file of its own. Its basis is fitted to segments from all over the
+library, and again whenever the library has grown by `REFIT`: what is added later may lie in other
+directions than what came first.
 
 An index belongs to its retriever: opening it with other weights, another view or another text
 encoder is refused.
@@ -36,6 +42,8 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,13 +62,15 @@ from tvg_lib.models.mamfusion import EncodedQueries, EncodedVideos, MamFusion
 from tvg_lib.moments import TimeGrid
 from tvg_lib.retrieval.data import RetrievalView
 
-FORMAT = "tvg-companion/video-index/1"
+FORMAT = "tvg-companion/video-index/2"
 MANIFEST = "index.json"
 SHARD = 256  # videos
 TOGETHER = 32  # videos encoded at a time
 SKETCH = 64  # directions
+REFIT = 4  # times as many videos as the basis was fitted to
+FITTED = 16  # shards, from all over the library, whose segments a basis is fitted to
 FILMS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
-ARRAYS = ("segments", "hidden", "vectors", "sketch", "clips")
+OF_VIDEOS = ("segments", "hidden", "vectors")  # arrays of a shard with a row for every video
 
 Finder = Callable[[GroundingDataset], list[Prediction]]
 
@@ -208,6 +218,58 @@ class SearchResults:
         )
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """Some videos, memory-mapped.
+
+    Attributes:
+        name: of its files.
+        entries: what the manifest of a data set would say of each video.
+        arrays: those of `OF_VIDEOS`, and "clips" of all videos one after the other.
+        ends: where the clips of each video start, and the end of the last.
+    """
+
+    name: str
+    entries: list[dict[str, Any]]
+    arrays: dict[str, Tensor]
+    ends: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> "_Shard":
+        """Map a shard into memory.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        path = folder / f"{name}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                entries = json.loads(file.metadata()["videos"])
+                arrays = {part: file.get_tensor(part) for part in (*OF_VIDEOS, "clips")}
+            for entry in entries:
+                _video(entry)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a shard of a video index: {error!r}") from error
+        ends = np.cumsum([0] + [entry["clips"] for entry in entries])
+        rows = {len(arrays[part]) for part in OF_VIDEOS}
+        if rows != {len(entries)} or ends[-1] != len(arrays["clips"]):
+            raise DataError(f"{path}: the arrays do not fit the {len(entries)} videos")
+        return cls(name, entries, arrays, ends)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def sketch(self, basis: Tensor) -> np.ndarray:
+        """(V, L, R) coordinates of the unit segments in the directions of a (D, R) basis."""
+        return (F.normalize(self.arrays["segments"].float(), dim=-1) @ basis).numpy()
+
+    def only(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """Arrays and entries of some of its videos."""
+        arrays = {part: self.arrays[part][list(rows)] for part in OF_VIDEOS}
+        clips = [self.arrays["clips"][self.ends[i] : self.ends[i + 1]] for i in rows]
+        return arrays | {"clips": torch.cat(clips)}, [self.entries[i] for i in rows]
+
+
 class VideoIndex:
     """A library of videos on disk, ready to be searched. Made by `create` or `open`."""
 
@@ -215,6 +277,7 @@ class VideoIndex:
         self.folder = folder
         self.retriever = retriever
         self._manifest = manifest
+        self._opened: dict[str, _Shard] = {}
         self._load()
 
     # --- making and opening -----------------------------------------------------------------------
@@ -227,11 +290,13 @@ class VideoIndex:
             DataError: the folder holds the index of another retriever, or damaged files.
         """
         folder = Path(folder)
-        if (folder / MANIFEST).exists():
-            return cls.open(folder, retriever)
-        manifest = {"format": FORMAT, "retriever": retriever.identity, "basis": None, "shards": []}
-        paths.write_text(folder / MANIFEST, json.dumps(manifest))
-        return cls(folder, retriever, manifest)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder):
+            if not (folder / MANIFEST).exists():
+                empty = {"format": FORMAT, "retriever": retriever.identity}
+                empty |= {"basis": None, "fitted": 0, "shards": []}
+                paths.write_text(folder / MANIFEST, json.dumps(empty))
+        return cls.open(folder, retriever)
 
     @classmethod
     def open(cls, folder: Path | str, retriever: Retriever) -> "VideoIndex":
@@ -242,41 +307,50 @@ class VideoIndex:
                 differs), or its files are damaged.
         """
         folder = Path(folder)
-        return cls(folder, retriever, _read_manifest(folder, retriever))
+        while True:
+            manifest = _read_manifest(folder, retriever)
+            try:
+                return cls(folder, retriever, manifest)
+            except DataError:
+                # A writer may have swept away what this manifest names: then there is a newer one.
+                if _read_manifest(folder, retriever) == manifest:
+                    raise
 
     def _load(self) -> None:
-        """Map every array, and hold what all videos are compared by in memory."""
+        """Map every shard, and hold what all videos are compared by in memory."""
+        names = self._manifest["shards"]
+        for name in [name for name in names if name not in self._opened]:
+            self._opened[name] = _Shard.open(self.folder, name)
+        self._shards = [self._opened[name] for name in names]
+        self._opened = dict(zip(names, self._shards, strict=True))
         self._videos: list[Video] = []
         self._place: dict[str, tuple[int, int]] = {}
-        self._shards: list[dict[str, np.ndarray]] = []
-        self._offsets: list[np.ndarray] = []
-        for number, shard in enumerate(self._manifest["shards"]):
-            entries = shard["videos"]
-            arrays = {
-                name: read_array(self.folder / f"{shard['name']}.{name}.npy") for name in ARRAYS
-            }
-            ends = np.cumsum([0] + [entry["clips"] for entry in entries])
-            if {len(arrays[name]) for name in ARRAYS[:-1]} != {len(entries)} or ends[-1] != len(
-                arrays["clips"]
-            ):
-                raise DataError(f"{self.folder}: the arrays of {shard['name']} do not fit")
-            self._shards.append(arrays)
-            self._offsets.append(ends)
-            for row, entry in enumerate(entries):
+        for number, shard in enumerate(self._shards):
+            for row, entry in enumerate(shard.entries):
                 video = _video(entry)
                 if video.id in self._place:
                     raise DataError(f"{self.folder}: the video {video.id!r} occurs twice")
                 self._place[video.id] = (number, row)
                 self._videos.append(video)
         self._basis = self._sketch = self._vectors = None
-        if self._shards:
-            basis = read_array(self.folder / self._manifest["basis"])
-            self._basis = torch.from_numpy(np.array(basis))
-            # Segment by segment, so that the maximum over segments runs along contiguous videos.
-            sketch = np.concatenate([shard["sketch"] for shard in self._shards])
-            self._sketch = torch.from_numpy(np.ascontiguousarray(sketch.transpose(1, 0, 2)))
-            vectors = np.concatenate([shard["vectors"] for shard in self._shards])
-            self._vectors = F.normalize(torch.from_numpy(vectors), dim=-1)
+        if not self._shards:
+            return
+        basis = self._manifest["basis"]
+        self._basis = torch.from_numpy(np.array(read_array(self.folder / f"{basis}.npy")))
+        # Segment by segment, so that the maximum over segments runs along contiguous videos.
+        length = self._shards[0].arrays["segments"].shape[1]
+        self._sketch = torch.empty(length, len(self._videos), self._basis.shape[1])
+        start = 0
+        for shard in self._shards:
+            path = self.folder / _sketch_file(shard.name, basis)
+            sketch = torch.from_numpy(np.array(read_array(path)))
+            part = self._sketch[:, start : start + len(shard)]
+            if sketch.shape != part.transpose(0, 1).shape:
+                raise DataError(f"{path}: expected {len(shard)} videos, found {list(sketch.shape)}")
+            part.copy_(sketch.transpose(0, 1))
+            start += len(shard)
+        vectors = torch.cat([shard.arrays["vectors"] for shard in self._shards])
+        self._vectors = F.normalize(vectors, dim=-1)
 
     def __len__(self) -> int:
         return len(self._videos)
@@ -298,10 +372,9 @@ class VideoIndex:
         if video_id not in self._place:
             raise DataError(f"{self.folder} has no video {video_id!r}")
         shard, row = self._place[video_id]
-        first, last = self._offsets[shard][row : row + 2]
-        return check_sequence(
-            self._shards[shard]["clips"][first:last], f"{self.folder}[{video_id!r}]", None
-        )
+        first, last = self._shards[shard].ends[row : row + 2]
+        clips = self._shards[shard].arrays["clips"][first:last].numpy()
+        return check_sequence(clips, f"{self.folder}[{video_id!r}]", None)
 
     def __repr__(self) -> str:
         hours = sum(video.duration for video in self._videos) / 3600
@@ -325,11 +398,13 @@ class VideoIndex:
 
         with self._locked():
             waiting: dict[str, tuple[Video, np.ndarray]] = {}
+            known = set(self._place)
             try:
                 with tqdm(total=total, desc="index", unit="video") as bar:
                     for video, clips in videos:
-                        if video.id not in self._place and video.id not in waiting:
+                        if video.id not in known:
                             waiting[video.id] = (video, self._checked(video, clips))
+                            known.add(video.id)
                         bar.update()
                         if len(waiting) == SHARD:
                             self._write(list(waiting.values()))
@@ -381,30 +456,30 @@ class VideoIndex:
         if unknown:
             raise DataError(f"{self.folder} has no video {unknown[0]!r}")
         with self._locked():
-            kept, replaced = [], []
-            for number, shard in enumerate(self._manifest["shards"]):
-                keep = [i for i, e in enumerate(shard["videos"]) if e["id"] not in gone]
-                if len(keep) == len(shard["videos"]):
-                    kept.append(shard)
-                    continue
-                replaced.append(shard["name"])
-                if keep:
-                    kept.append(self._copied(number, keep))
-            self._replace(kept)
+            basis, kept = self._manifest["basis"], []
+            for shard in self._shards:
+                keep = [row for row, e in enumerate(shard.entries) if e["id"] not in gone]
+                if len(keep) == len(shard):
+                    kept.append(shard.name)
+                elif keep:
+                    copy = self._save_shard(*shard.only(keep))
+                    self._save_sketch(copy, basis)
+                    kept.append(copy.name)
+            self._replace(shards=kept)
             self._load()
-            for name in replaced:
-                self._delete(name)
         return self
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Alone with the folder, and with what another process may have written to it."""
-        with FileLock(self.folder / ".index.lock"):
+        with _lock(self.folder):
             current = _read_manifest(self.folder, self.retriever)
             if current != self._manifest:
                 self._manifest = current
                 self._load()
+            self._sweep()  # what a killed writer left
             yield
+            self._sweep()
 
     def _checked(self, video: Video, clips: np.ndarray) -> np.ndarray:
         where = f"video {video.id!r}"
@@ -419,54 +494,63 @@ class VideoIndex:
             self.retriever.encode_videos(clips[start : start + TOGETHER])
             for start in range(0, len(clips), TOGETHER)
         ]
-        encoded = EncodedVideos(
-            hidden=torch.cat([part.hidden for part in parts]).cpu(),
-            segments=torch.cat([part.segments for part in parts]).cpu(),
-            vector=torch.cat([part.vector for part in parts]).cpu(),
-        )
-        segments = F.normalize(encoded.segments, dim=-1)
-        if self._manifest["basis"] is None:
-            name = f"basis-{uuid.uuid4().hex[:12]}.npy"
-            _save(self.folder / name, principal_directions(segments.flatten(0, 1), SKETCH).numpy())
-            self._manifest = self._manifest | {"basis": name}
-        basis = torch.from_numpy(np.array(read_array(self.folder / self._manifest["basis"])))
         arrays = {
-            "segments": encoded.segments.half().numpy(),
-            "hidden": encoded.hidden.half().numpy(),
-            "vectors": encoded.vector.numpy(),
-            "sketch": (segments @ basis).numpy(),
-            "clips": np.concatenate(clips).astype(np.float16),
+            "segments": torch.cat([part.segments for part in parts]).cpu().half(),
+            "hidden": torch.cat([part.hidden for part in parts]).cpu().half(),
+            "vectors": torch.cat([part.vector for part in parts]).cpu(),
+            "clips": torch.from_numpy(np.concatenate(clips)).half(),
         }
-        if not all(np.isfinite(array).all() for array in arrays.values()):
+        if not all(torch.isfinite(array).all() for array in arrays.values()):
             raise DataError(f"{self.folder}: a value does not fit into half precision")
         entries = [_entry(video, len(sequence)) for video, sequence in videos]
-        self._replace([*self._manifest["shards"], self._save_shard(arrays, entries)])
-        for row, entry in enumerate(entries):
-            self._place[entry["id"]] = (len(self._manifest["shards"]) - 1, row)
-
-    def _copied(self, number: int, keep: Sequence[int]) -> dict[str, Any]:
-        """A new shard of some rows of an old one."""
-        arrays, ends = self._shards[number], self._offsets[number]
-        rows = {name: np.array(arrays[name][list(keep)]) for name in ARRAYS[:-1]}
-        rows["clips"] = np.concatenate([arrays["clips"][ends[i] : ends[i + 1]] for i in keep])
-        entries = self._manifest["shards"][number]["videos"]
-        return self._save_shard(rows, [entries[i] for i in keep])
+        new = self._save_shard(arrays, entries)
+        shards = [self._opened[name] for name in (*self._manifest["shards"], new.name)]
+        count = sum(map(len, shards))
+        basis, fitted = self._manifest["basis"], self._manifest["fitted"]
+        if basis is None or count >= REFIT * fitted:
+            basis, fitted = self._save_basis(shards), count
+            for shard in shards:
+                self._save_sketch(shard, basis)
+        else:
+            self._save_sketch(new, basis)
+        self._replace(basis=basis, fitted=fitted, shards=[shard.name for shard in shards])
 
     def _save_shard(
-        self, arrays: Mapping[str, np.ndarray], entries: list[dict[str, Any]]
-    ) -> dict[str, Any]:
+        self, arrays: Mapping[str, Tensor], entries: Sequence[Mapping[str, Any]]
+    ) -> _Shard:
         name = f"shard-{uuid.uuid4().hex[:12]}"
-        for part in ARRAYS:
-            _save(self.folder / f"{name}.{part}.npy", arrays[part])
-        return {"name": name, "videos": entries}
+        with paths.replacing(self.folder / f"{name}.safetensors") as temporary:
+            save_file(dict(arrays), temporary, metadata={"videos": json.dumps(entries)})
+        self._opened[name] = _Shard.open(self.folder, name)
+        return self._opened[name]
 
-    def _replace(self, shards: list[dict[str, Any]]) -> None:
-        self._manifest = self._manifest | {"shards": shards}
-        paths.write_text(self.folder / MANIFEST, json.dumps(self._manifest))
+    def _save_basis(self, shards: Sequence[_Shard]) -> str:
+        """Fit the directions of the sketch to segments from all over the library."""
+        some = np.unique(np.linspace(0, len(shards) - 1, FITTED).round().astype(int))
+        rows = torch.cat([shards[i].arrays["segments"].flatten(0, 1).float() for i in some])
+        directions = principal_directions(F.normalize(rows, dim=-1), SKETCH)
+        name = f"basis-{uuid.uuid4().hex[:12]}"
+        _save(self.folder / f"{name}.npy", directions.numpy())
+        return name
 
-    def _delete(self, name: str) -> None:
-        for part in ARRAYS:
-            (self.folder / f"{name}.{part}.npy").unlink(missing_ok=True)
+    def _save_sketch(self, shard: _Shard, basis: str) -> None:
+        directions = torch.from_numpy(np.array(read_array(self.folder / f"{basis}.npy")))
+        _save(self.folder / _sketch_file(shard.name, basis), shard.sketch(directions))
+
+    def _replace(self, **changes: Any) -> None:
+        manifest = self._manifest | changes
+        paths.write_text(self.folder / MANIFEST, json.dumps(manifest))
+        self._manifest = manifest
+
+    def _sweep(self) -> None:
+        """Delete what the manifest does not name."""
+        basis, shards = self._manifest["basis"], self._manifest["shards"]
+        named = {f"{basis}.npy", *(f"{name}.safetensors" for name in shards)}
+        named |= {_sketch_file(name, basis) for name in shards}
+        for kind in ("shard-*", "basis-*", ".part-*"):
+            for path in self.folder.glob(kind):
+                if path.name not in named:
+                    path.unlink(missing_ok=True)
 
     # --- searching --------------------------------------------------------------------------------
 
@@ -508,9 +592,7 @@ class VideoIndex:
             )
             pairs = torch.arange(len(head), device=self.retriever.device)
             fused = model.fused_scores(queries, library, torch.zeros_like(pairs), pairs).cpu()
-            both = model.reranked(scores[:rerank], fused)
-            lift = (scores[len(head) - 1] - both.min()).clamp(min=0)
-            again = (both + lift).sort(descending=True)
+            again = model.reranked(scores[:rerank], fused).sort(descending=True)
             scores = torch.cat([again.values, scores[rerank:]])
             order = torch.cat([head[again.indices], order[rerank:]])
         return scores, order
@@ -518,12 +600,13 @@ class VideoIndex:
     def _rows(self, name: str, positions: Tensor) -> Tensor:
         """Rows of an array of all shards, in float32."""
         places = np.array([self._place[self._videos[i].id] for i in positions.tolist()])
-        stored = self._shards[0][name]
-        found = np.empty((len(places), *stored.shape[1:]), stored.dtype)
-        for shard in np.unique(places[:, 0]):
-            inside = places[:, 0] == shard
-            found[inside] = self._shards[shard][name][places[inside, 1]]
-        return torch.from_numpy(found).float()  # PyTorch converts faster than NumPy
+        stored = self._shards[0].arrays[name]
+        found = stored.new_empty(len(places), *stored.shape[1:])
+        for number in np.unique(places[:, 0]):
+            inside = torch.from_numpy(places[:, 0] == number)
+            rows = torch.from_numpy(places[inside.numpy(), 1])
+            found[inside] = self._shards[number].arrays[name][rows]
+        return found.float()
 
     def search(
         self,
@@ -589,10 +672,12 @@ def _read_manifest(folder: Path, retriever: Retriever) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']!r}, expected {FORMAT!r}")
         built_with = dict(manifest["retriever"])
-        for shard in manifest["shards"]:
-            check_id(shard["name"], str(path))
-            for entry in shard["videos"]:
-                _video(entry)
+        for name in manifest["shards"]:
+            check_id(name, str(path))
+        if manifest["shards"] or manifest["basis"] is not None:
+            check_id(manifest["basis"], str(path))
+        if not isinstance(manifest["fitted"], int):
+            raise ValueError(f"fitted to {manifest['fitted']!r} videos")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not the manifest of a video index: {error!r}") from error
     for part, value in retriever.identity.items():
@@ -629,6 +714,14 @@ def principal_directions(rows: Tensor, count: int) -> Tensor:
     second_moment = rows.double().T @ rows.double() / len(rows)
     _, directions = torch.linalg.eigh(second_moment)
     return directions.flip(1)[:, :count].float().contiguous()
+
+
+def _sketch_file(shard: str, basis: str | None) -> str:
+    return f"{shard}.{basis}.npy"
+
+
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder / ".index.lock")
 
 
 def _save(path: Path, array: np.ndarray) -> None:

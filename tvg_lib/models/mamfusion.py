@@ -615,8 +615,15 @@ class MamFusion(nn.Module):
         return self.combined(self.fused_curves(asked, chosen).amax(-1), frame)
 
     def reranked(self, first: Tensor, fused: Tensor) -> Tensor:
-        """Scores of candidates, from the first and the second score."""
-        return (1 - self.config.fused_weight) * first + self.config.fused_weight * fused
+        """Scores of candidates from both their scores, shifted to stay ahead of all other videos.
+
+        Args:
+            first: (..., N) the best first scores of a library.
+            fused: (..., N) second scores of the same videos.
+        """
+        both = (1 - self.config.fused_weight) * first + self.config.fused_weight * fused
+        ends = (scores.amin(-1, keepdim=True) for scores in (first, both))
+        return both + torch.sub(*ends).clamp(min=0)
 
     def forward(self, batch: RetrievalInputs) -> RetrievalOutput:
         """All scores of a batch; the second score for the right video and the hardest others."""

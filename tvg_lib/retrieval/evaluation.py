@@ -97,9 +97,7 @@ def rerank_best(
             for at in range(0, len(rows), _PAIRS)
         ]
     ).view_as(best.values)
-    both = model.reranked(best.values, fused)
-    lift = (best.values[:, -1:] - both.amin(1, keepdim=True)).clamp(min=0)
-    return scores.scatter(1, best.indices, both + lift)
+    return scores.scatter(1, best.indices, model.reranked(best.values, fused))
 
 
 def moment_ratios(dataset: GroundingDataset) -> np.ndarray:
