@@ -80,7 +80,11 @@ def transition_points(embedded: Tensor, anchor: Tensor, mask: Tensor) -> tuple[T
         anchor: (Q,).
         mask: (Q, T); valid frames come first.
     """
-    unit = F.normalize(embedded, dim=-1, eps=1e-8)
+    return _transitions(F.normalize(embedded, dim=-1, eps=1e-8), anchor, mask)
+
+
+def _transitions(unit: Tensor, anchor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`transition_points` of V^e whose frames already have length 1."""
     rows = torch.arange(len(unit), device=unit.device)
     last = mask.sum(1) - 1
     ends = torch.stack([torch.zeros_like(anchor), anchor, last], dim=1)  # (Q, 3) frames 1, A, N
@@ -95,19 +99,16 @@ def transition_points(embedded: Tensor, anchor: Tensor, mask: Tensor) -> tuple[T
     return left.argmax(1), right.argmax(1)
 
 
-def coarse_intervals(
-    video: Tensor, sentence: Tensor, mask: Tensor, allowed: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def coarse_intervals(video: Tensor, sentence: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """First and last frame [b^L, b^R] (Q, 2), equation 5, and the anchors (Q,).
 
     Args:
         video: (Q, T, C).
         sentence: (Q, C).
         mask: (Q, T).
-        allowed: (Q, T) frames that may be the anchor; all valid ones by default.
     """
     embedded = query_embedded(video, sentence)
-    anchor = anchor_frames(embedded, sentence, mask if allowed is None else mask & allowed)
+    anchor = anchor_frames(embedded, sentence, mask)
     left, right = transition_points(embedded, anchor, mask)
     return torch.stack([left, right], dim=1), anchor
 
@@ -310,13 +311,15 @@ class AnchorInterval:
         """
         video = smoothed(F.normalize(inputs.video, dim=-1), inputs.mask, self.smoothing)
         sentence = F.normalize(inputs.sentence, dim=-1)
-        similarity = cosine(sentence[:, None], query_embedded(video, sentence))
+        unit = F.normalize(query_embedded(video, sentence), dim=-1, eps=1e-8)  # V^e, scaled
+        similarity = cosine(sentence[:, None], unit)
         left = inputs.mask.clone()
         intervals, scores = [], []
         for _ in range(self.keep):
-            interval, anchor = coarse_intervals(video, sentence, inputs.mask, left)
-            score = similarity.gather(1, anchor[:, None]).squeeze(1)
-            scores.append(score.masked_fill(~left.any(1), -torch.inf))
+            # Equation 2 over the frames that are left; the score is -inf where none is.
+            score, anchor = similarity.masked_fill(~left, -torch.inf).max(1)
+            interval = torch.stack(_transitions(unit, anchor, inputs.mask), dim=1)
+            scores.append(score)
             intervals.append(interval.to(similarity.dtype))
             left = left & ~inside(interval, left.shape[1])
         return torch.stack(intervals, 1), torch.stack(scores, 1), similarity

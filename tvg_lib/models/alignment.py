@@ -206,11 +206,15 @@ class CrossAttentionAlignment(nn.Module):
 
     def forward(self, inputs: AlignmentInput) -> Alignment:
         frames, words = self.project(inputs)
+        return self._aligned(self._mixed(frames, words, inputs.text_mask, inputs.mask), inputs)
+
+    def _mixed(self, frames: Tensor, words: Tensor, text_mask: Tensor, mask: Tensor) -> Tensor:
+        """(Q, T, D) frames that have read (Q, K, D) words, then one another."""
         for block in self.cross:
-            frames = block(frames, words, inputs.text_mask)
+            frames = block(frames, words, text_mask)
         for block in self.self_attention:
-            frames, _ = block(frames, inputs.mask)
-        return self._aligned(frames, inputs)
+            frames, _ = block(frames, mask)
+        return frames
 
     def _aligned(self, frames: Tensor, inputs: AlignmentInput) -> Alignment:
         """Relevance: what was learnt, on top of the similarity that is given."""
@@ -250,11 +254,7 @@ class QueryDependentAlignment(CrossAttentionAlignment):
         queries, count = len(words), len(self.dummies)
         words = torch.cat([words, self.dummies.expand(queries, -1, -1)], dim=1)
         text_mask = F.pad(inputs.text_mask, (0, count), value=True)
-        for block in self.cross:
-            frames = block(frames, words, text_mask)
-        for block in self.self_attention:
-            frames, _ = block(frames, inputs.mask)
-        frames = zero_invalid(frames, inputs.mask)
+        frames = zero_invalid(self._mixed(frames, words, text_mask, inputs.mask), inputs.mask)
         token = self.token.expand(queries, 1, -1)
         token = self.reader(token, frames, frames, inputs.mask)  # (Q, 1, D)
         return self._aligned(frames * (1 + torch.tanh(token)), inputs)

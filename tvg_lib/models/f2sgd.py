@@ -28,15 +28,27 @@ from tvg_lib.models.alignment import Alignment
 from tvg_lib.nn.square import SquareConvolution
 
 
-def similarity_map(features: Tensor, mask: Tensor) -> Tensor:
-    """S^a (Q, T, T): cosines between aligned frames, zero where a frame is invalid.
+def similarity_map(
+    features: Tensor, mask: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
+) -> Tensor:
+    """S^a (Q, N, M): cosines between aligned frames, zero where a frame is invalid.
 
     Args:
         features: (Q, T, D) V^a.
         mask: (Q, T).
+        rows, columns: (N,) and (M,) frames of a part of the map; all by default.
     """
-    unit = F.normalize(features, dim=-1, eps=1e-8) * mask[..., None]
-    return unit @ unit.transpose(1, 2)
+    whole = slice(None)
+    start, end = (
+        _unit(features[:, part], mask[:, part])
+        for part in (whole if rows is None else rows, whole if columns is None else columns)
+    )
+    return start @ end.transpose(1, 2)
+
+
+def _unit(features: Tensor, mask: Tensor) -> Tensor:
+    """(Q, T, D) frames of length 1, zero where invalid."""
+    return F.normalize(features, dim=-1, eps=1e-8) * mask[..., None]
 
 
 def map_contrast(unit: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +122,6 @@ class F2SGDConfig:
         evidence: read the frames' relevance beside S^a (see the module's docstring), and S^a with
             mean 0 and variance 1 over the map: features of captions are all alike, and what tells
             them apart would be small beside the relevance.
-        dropout: of the convolutions' output.
         band: longer videos are scored for moments of at most this many frames, in memory linear in
             their length; None scores all moments of any video at once.
     """
@@ -119,7 +130,6 @@ class F2SGDConfig:
     channels: int = 16
     hidden: int = 32
     evidence: bool = True
-    dropout: float = 0.0
     band: int | None = 256
 
     def __post_init__(self) -> None:
@@ -142,7 +152,6 @@ class F2SGD(nn.Module):
                 SquareConvolution(config.channels, config.channels, config.kernel),
             ]
         )
-        self.dropout = nn.Dropout(config.dropout)
         self.mlp = nn.Sequential(
             nn.Linear(config.channels + (planes if config.evidence else 0), config.hidden),
             nn.ReLU(),
@@ -166,7 +175,7 @@ class F2SGD(nn.Module):
         """Scores of all T x T cells."""
         steps = alignment.mask.shape[1]
         index = torch.arange(steps, device=alignment.mask.device)
-        logits, square = self._window(alignment, index, index)
+        logits, square = self._window(alignment, self._contrast(alignment), index, index)
         mask = square & (index[:, None] <= index)
         return CellScores(logits, mask, alignment.relevance)
 
@@ -185,13 +194,14 @@ class F2SGD(nn.Module):
         device = mask.device
         margin = self.config.kernel // 2 * 2
         offsets = torch.arange(band, device=device)
+        contrast = self._contrast(alignment)
         pieces = []
         for start in range(0, steps, tile):
             count = min(tile, steps - start)
             low = max(0, start - margin)
             rows = torch.arange(low, min(steps, start + count + margin), device=device)
             columns = torch.arange(low, min(steps, start + count + band + margin), device=device)
-            logits, _ = self._window(alignment, rows, columns)
+            logits, _ = self._window(alignment, contrast, rows, columns)
             first = torch.arange(start, start + count, device=device)
             last = (first[:, None] + offsets).clamp(max=int(columns[-1])) - low
             pieces.append(logits[:, (first - low)[:, None], last])
@@ -200,14 +210,25 @@ class F2SGD(nn.Module):
         exists = mask[:, last.clamp(max=steps - 1)] & (last < steps) & mask[..., None]
         return CellScores(logits, exists, alignment.relevance, banded=True)
 
-    def _window(self, alignment: Alignment, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def _contrast(self, alignment: Alignment) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation of the whole of S^a, where the detector scales it by them."""
+        if not self.config.evidence:
+            return None
+        return map_contrast(_unit(alignment.features, alignment.mask), alignment.mask)
+
+    def _window(
+        self,
+        alignment: Alignment,
+        contrast: tuple[Tensor, Tensor] | None,
+        rows: Tensor,
+        columns: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """Logits and validity (Q, N, M) of the cells of some consecutive rows and columns."""
-        unit = F.normalize(alignment.features, dim=-1, eps=1e-8)
-        similar = unit[:, rows] @ unit[:, columns].transpose(1, 2)
+        similar = similarity_map(alignment.features, alignment.mask, rows, columns)
         valid = alignment.mask[:, rows, None] & alignment.mask[:, None, columns]
         planes = [similar]
-        if self.config.evidence:
-            mean, deviation = map_contrast(unit, alignment.mask)
+        if contrast is not None:
+            mean, deviation = contrast
             planes = [(similar - mean) / deviation]
             total = self._evidence(alignment, rows, columns)
             length = (columns - rows[:, None]).abs() + 1.0
@@ -218,11 +239,10 @@ class F2SGD(nn.Module):
         h = x
         for convolution in self.convolutions:
             h = F.relu(convolution(h, square))
-        h = self.dropout(h)
-        if self.config.evidence:
+        if contrast is not None:
             h = torch.cat([h, x], dim=1)
         logits = self._per_cell(h)
-        if self.config.evidence:
+        if contrast is not None:
             logits = logits + self.gain * total
         return logits, valid
 
