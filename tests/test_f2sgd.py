@@ -15,6 +15,7 @@ from tvg_lib.data import planted
 from tvg_lib.data.batching import BatchPlan
 from tvg_lib.decoding import DecodingConfig
 from tvg_lib.errors import ConfigurationError
+from tvg_lib.evaluation import qvhighlights_report
 from tvg_lib.losses.cells import (
     PRINTED,
     CellLossConfig,
@@ -46,6 +47,9 @@ from tvg_lib.nn.square import SquareConvolution, fast_length, fourier_convolutio
 
 D = 5
 SMALL = F2SGDConfig(kernel=7, channels=3, hidden=4)
+APART = DecodingConfig(
+    pre_top_k=300, suppression="hard", iou_threshold=0.7, min_score=0.0, voting_threshold=0
+)
 
 
 def make_alignment(lengths=(11, 6, 1), seed=0, steps=None) -> Alignment:
@@ -176,6 +180,16 @@ class TestF2SGD:
         assert torch.allclose(detector(x).logits, expected, atol=1e-10)
         blind = detector(replace(x, relevance=x.relevance.flip(1))).logits
         assert torch.allclose(blind, expected, atol=1e-12)
+
+    @pytest.mark.parametrize("evidence", [False, True])
+    def test_a_zero_start_is_a_map_without_an_opinion(self, evidence):
+        x = make_alignment()
+        for zero in (True, False):
+            torch.manual_seed(0)
+            config = replace(SMALL, evidence=evidence, zero_start=zero)
+            detector = F2SGD(config).double().eval()
+            learnt = detector(replace(x, relevance=torch.zeros_like(x.relevance))).logits
+            assert bool((learnt == 0).all()) is zero
 
     def test_a_fresh_one_with_evidence_ranks_by_the_sum_of_the_frames_logits(self):
         detector = F2SGD(SMALL).double().eval()
@@ -312,6 +326,17 @@ class TestCellLosses:
                 total += (P[i, j] - float((i, j) == (2, 3))) ** 2
         assert float(CellObjective(PRINTED)(out, batch)["total"]) == pytest.approx(total, rel=1e-5)
 
+    def test_a_linear_end_compares_the_scores_themselves(self):
+        out = make_output((7,))
+        batch = replace(
+            make_batch((7,), (0,), (2,)), moments=torch.tensor([[[1.5, 3.5]]], dtype=torch.float64)
+        )
+        target = torch.zeros(7, 7, dtype=torch.float64)
+        target[2, 3] = 1
+        expected = ((out.logits[0] - target) ** 2).sum()
+        loss = CellObjective(replace(PRINTED, end="linear"))(out, batch)["total"]
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
     @pytest.mark.parametrize("banded", [False, True])
     @pytest.mark.parametrize("kind", ["squared", "cross-entropy", "binary"])
     @pytest.mark.parametrize("targets", ["corner", "overlap"])
@@ -441,7 +466,7 @@ def aligners(c: int, w: int) -> dict:
 def detectors(d: int) -> dict:
     return {
         "F2SGD": (F2SGD(SMALL), CellObjective()),
-        "enumeration": (Enumeration(d, 4), CellObjective(CellLossConfig(kind="binary"))),
+        "enumeration": (Enumeration(d, 4), CellObjective()),
         "set": (SetPrediction(d, 16, heads=2, layers=1), SetObjective()),
         "regression": (BoundaryRegression(d, 16), BoundaryObjective()),
     }
@@ -478,19 +503,56 @@ def test_every_pairing_trains_and_answers(aligner, detector):
     assert model.training
 
 
+@pytest.mark.parametrize(
+    ("detector", "at_least"),
+    [("F2SGD", 1.5), ("enumeration", 1.5), ("set", 3.0), ("regression", 15.0)],
+)
+def test_every_detector_learns_the_planted_world(detector, at_least):
+    """mAP over moments, after seconds of training behind no alignment at all.
+
+    F2SGD and enumeration start from the best sum of relevance, a good rule; the others from less.
+    """
+    config = planted.PlantedConfig(train=250, val=100, clips=(16, 24), noise=0.3, hidden=0.1)
+    data, held = planted.planted("train", config), planted.planted("val", config)
+    torch.manual_seed(0)
+    front = SimilarityAlignment(data.video_features.dim)
+    back, objective = {
+        "F2SGD": (F2SGD(F2SGDConfig(kernel=9, channels=4)), CellObjective()),
+        "enumeration": (Enumeration(front.channels, 8), CellObjective()),
+        "set": (SetPrediction(front.channels, 32), SetObjective()),
+        "regression": (BoundaryRegression(front.channels, 32), BoundaryObjective()),
+    }[detector]
+    model = AlignedGrounder(front, back)
+
+    def score() -> float:
+        return qvhighlights_report(ground_aligned(model, held, APART), held).values["MR-full-mAP"]
+
+    before = score()
+    plan = BatchPlan(data, 32, 2)
+    specs = [spec for epoch in range(8) for spec in plan.epoch(epoch)]
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, len(specs))
+    for spec in specs:
+        batch = plan.load(spec)
+        optimiser.zero_grad()
+        objective(model(batch), batch)["total"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+    after = score()
+    assert after > before + at_least, f"{before:.1f} before, {after:.1f} after"
+
+
 def test_suppression_removes_overlapping_answers():
     data = planted.planted("test")
     data = data.subset(sorted(data.videos)[:3], "three")
     model = AlignedGrounder(SimilarityAlignment(data.video_features.dim), F2SGD(SMALL))
-    apart = DecodingConfig(
-        pre_top_k=300, suppression="hard", iou_threshold=0.5, min_score=0.0, voting_threshold=0
-    )
-    for answer in ground_aligned(model, data, apart):
+    for answer in ground_aligned(model, data, APART):
         overlap = interval_iou(answer.moments[:, :2], answer.moments[:, :2])
-        assert (overlap - np.eye(len(answer)) < 0.5 + 1e-5).all()
+        assert (overlap - np.eye(len(answer)) < 0.7 + 1e-5).all()
     crowded = ground_aligned(model, data, TOP_K)
     assert any(
-        (interval_iou(a.moments[:, :2], a.moments[:, :2]) - np.eye(len(a)) >= 0.5).any()
+        (interval_iou(a.moments[:, :2], a.moments[:, :2]) - np.eye(len(a)) >= 0.7).any()
         for a in crowded
     )
 

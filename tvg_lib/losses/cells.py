@@ -82,9 +82,10 @@ class CellLossConfig:
     """Which loss a map is trained with.
 
     Attributes:
-        kind: "squared" is equation 14 on the sigmoid of the logits; "cross-entropy" compares a
+        kind: "squared" is equation 14; "cross-entropy" compares a
             softmax over all moments of a map with the targets, scaled to sum 1; "binary" is the
             binary cross-entropy of every cell (2D-TAN).
+        end: what "squared" takes for P: the "sigmoid" of the scores, or the scores ("linear").
         whole_map: "squared" over all cells of the map, those below the diagonal included (as
             printed), or over moments only.
         positive_weight: of cells in proportion to their target, in "squared" and "binary".
@@ -97,6 +98,7 @@ class CellLossConfig:
     """
 
     kind: Literal["squared", "cross-entropy", "binary"] = "cross-entropy"
+    end: Literal["sigmoid", "linear"] = "sigmoid"
     whole_map: bool = False
     positive_weight: float = 1.0
     targets: Literal["corner", "overlap"] = "overlap"
@@ -149,7 +151,8 @@ class CellObjective(nn.Module):
             return -(shares * scores).sum(1)
         weight = 1 + (self.config.positive_weight - 1) * target
         if self.config.kind == "squared":
-            error = weight * (logits.sigmoid() - target) ** 2
+            P = logits.sigmoid() if self.config.end == "sigmoid" else logits
+            error = weight * (P - target) ** 2
             counted = output.mask
             if self.config.whole_map and not output.banded:
                 counted = counted | counted.transpose(1, 2)

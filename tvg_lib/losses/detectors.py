@@ -1,5 +1,7 @@
 """Losses of set prediction and of boundary regression (`tvg_lib.models.detectors`)."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,28 +27,30 @@ def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
     return interval_iou(a, b) - (hull - union) / hull.clamp(min=1e-6)
 
 
-class SetObjective(nn.Module):
-    """Optimal one-to-one matching of predictions and moments, then their losses (DETR).
+@dataclass(frozen=True)
+class SetLossConfig:
+    """How a set of moments is matched and taught.
 
-    Args:
+    Attributes:
         span_weight, iou_weight, score_weight: of the L1 distance of centre and width, the
             generalised IoU and the classification, in the matching and in the loss.
         empty_weight: of slots without a moment in the classification.
-        relevance_weight: of the frames' relevance.
+        relevance_weight: of the frames' relevance, as in `CellLossConfig`.
     """
 
-    def __init__(
-        self,
-        span_weight: float = 10.0,
-        iou_weight: float = 1.0,
-        score_weight: float = 4.0,
-        empty_weight: float = 0.1,
-        relevance_weight: float = 1.0,
-    ) -> None:
+    span_weight: float = 10.0
+    iou_weight: float = 1.0
+    score_weight: float = 4.0
+    empty_weight: float = 0.1
+    relevance_weight: float = 0.0
+
+
+class SetObjective(nn.Module):
+    """Optimal one-to-one matching of predictions and moments, then their losses (DETR)."""
+
+    def __init__(self, config: SetLossConfig | None = None) -> None:
         super().__init__()
-        self.span_weight, self.iou_weight = span_weight, iou_weight
-        self.score_weight, self.empty_weight = score_weight, empty_weight
-        self.relevance_weight = relevance_weight
+        self.config = config or SetLossConfig()
 
     def forward(self, output: MomentSet, batch: GroundingBatch) -> dict[str, Tensor]:
         """The terms "spans", "iou", "scores" and "relevance", and their weighted "total"."""
@@ -59,7 +63,7 @@ class SetObjective(nn.Module):
         overlap = generalised_iou(ours[:, None], theirs[:, None])[:, 0, 0]
         target = torch.zeros_like(output.logits, dtype=torch.float32)
         target[rows, slots] = 1.0
-        weight = torch.where(target > 0, 1.0, self.empty_weight)
+        weight = torch.where(target > 0, 1.0, self.config.empty_weight)
         scores = F.binary_cross_entropy_with_logits(
             output.logits.float(), target, weight, reduction="sum"
         )
@@ -70,10 +74,10 @@ class SetObjective(nn.Module):
             "relevance": relevance_loss(output.relevance, batch).sum() / queries,
         }
         total = (
-            self.span_weight * terms["spans"]
-            + self.iou_weight * terms["iou"]
-            + self.score_weight * terms["scores"]
-            + self.relevance_weight * terms["relevance"]
+            self.config.span_weight * terms["spans"]
+            + self.config.iou_weight * terms["iou"]
+            + self.config.score_weight * terms["scores"]
+            + self.config.relevance_weight * terms["relevance"]
         )
         return {"total": total} | terms
 
@@ -86,9 +90,9 @@ class SetObjective(nn.Module):
 
         distance = (output.spans.float()[:, :, None] - spans[:, None]).abs().sum(-1)  # (Q, N, M)
         cost = (
-            self.span_weight * distance
-            - self.iou_weight * generalised_iou(output.moments, batch.moments.float())
-            - self.score_weight * output.logits.float().sigmoid()[..., None]
+            self.config.span_weight * distance
+            - self.config.iou_weight * generalised_iou(output.moments, batch.moments.float())
+            - self.config.score_weight * output.logits.float().sigmoid()[..., None]
         ).cpu()
         pairs = []
         for row, mask in enumerate(batch.moment_mask.cpu()):
@@ -105,17 +109,25 @@ class SetObjective(nn.Module):
         return torch.stack([ends.mean(-1), ends[..., 1] - ends[..., 0]], dim=-1)
 
 
-class BoundaryObjective(nn.Module):
-    """Every frame inside a moment is positive and learns its distances; UniVTG's recipe.
+@dataclass(frozen=True)
+class BoundaryLossConfig:
+    """How the moments of frames are taught.
 
-    Args:
+    Attributes:
         regression_weight: of smooth L1 (in tenths of the frames) and IoU loss together.
-        relevance_weight: of the frames' relevance.
+        relevance_weight: of the frames' relevance, as in `CellLossConfig`.
     """
 
-    def __init__(self, regression_weight: float = 1.0, relevance_weight: float = 1.0) -> None:
+    regression_weight: float = 1.0
+    relevance_weight: float = 0.0
+
+
+class BoundaryObjective(nn.Module):
+    """Every frame inside a moment is positive and learns its distances; UniVTG's recipe."""
+
+    def __init__(self, config: BoundaryLossConfig | None = None) -> None:
         super().__init__()
-        self.regression_weight, self.relevance_weight = regression_weight, relevance_weight
+        self.config = config or BoundaryLossConfig()
 
     def forward(self, output: FrameBoundaries, batch: GroundingBatch) -> dict[str, Tensor]:
         """The terms "frames", "regression" and "relevance", and their weighted "total"."""
@@ -144,7 +156,7 @@ class BoundaryObjective(nn.Module):
         }
         total = (
             terms["frames"]
-            + self.regression_weight * terms["regression"]
-            + self.relevance_weight * terms["relevance"]
+            + self.config.regression_weight * terms["regression"]
+            + self.config.relevance_weight * terms["relevance"]
         )
         return {"total": total} | terms

@@ -13,6 +13,7 @@ implement an idea at the size of our data and do not reproduce the models that m
 Their losses are in `tvg_lib.losses.cells` (Enumeration) and `tvg_lib.losses.detectors`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,11 @@ class Enumeration(nn.Module):
     A candidate's feature is the mean of its frames' (by cumulative sums), with the features of its
     two ends and its mean relevance; two convolutions let neighbouring candidates compare.
 
+    It starts, as F2SGD does, from the sum of the frames' logits alone, and learns from the same
+    loss, a softmax over the map. 2D-TAN's own, a binary cross-entropy of every cell, asks for
+    calibrated scores: nearly all cells are no moment, so all are pushed down, the sum first of all,
+    and its ranking is lost long before another one is learnt (notebook 42 has the numbers).
+
     Args:
         in_channels: D of the aligned frames.
         channels: of the map.
@@ -47,6 +53,7 @@ class Enumeration(nn.Module):
             SquareConvolution(channels, channels, kernel) for _ in range(2)
         )
         self.score = nn.Linear(channels, 1)
+        nn.init.zeros_(self.score.weight)
         self.gain = nn.Parameter(torch.tensor(0.3))
 
     def forward(self, alignment: Alignment) -> CellScores:
@@ -114,6 +121,12 @@ class MomentSet:
 class SetPrediction(nn.Module):
     """A transformer whose learnt queries read the aligned frames and predict a moment each.
 
+    Two things decide whether it learns within some hundred steps. Position codes are as large as
+    the features, or a slot can tell what it reads and not where. And slots start apart, with
+    centres all over the video and widths of a fifth of it, each learning a difference to its own
+    place (the reference points of DETR's successors): from equal starts all slots predict the mean
+    moment for a long time.
+
     Args:
         in_channels: D of the aligned frames.
         channels, heads, layers: of the decoder.
@@ -131,25 +144,34 @@ class SetPrediction(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.project = nn.Linear(in_channels + 1, channels)
+        self.norm = nn.LayerNorm(in_channels)
+        self.project = nn.Linear(in_channels, channels)
+        self.relevance = nn.Linear(1, channels)
         self.positions = SinusoidalPositions(channels, max_length=256)
         self.encoder = TransformerBlock(channels, heads, convolutional=False, dropout=dropout)
         self.slots = nn.Parameter(torch.randn(slots, channels))
         self.layers = nn.ModuleList(_SlotBlock(channels, heads, dropout) for _ in range(layers))
         self.span = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, 2))
+        nn.init.zeros_(self.span[2].weight)
+        nn.init.zeros_(self.span[2].bias)
+        centres = (torch.arange(slots) + 0.5) / slots
+        places = torch.stack([centres, torch.full_like(centres, 0.2)], dim=-1)
+        self.places = nn.Parameter(places.logit())  # (N, 2), before the sigmoid
         self.score = nn.Linear(channels, 1)
 
     def forward(self, alignment: Alignment) -> MomentSet:
         """N moments of every query."""
         mask = alignment.mask
-        frames = torch.cat([alignment.features, alignment.relevance[..., None]], dim=-1)
-        frames = self.positions(self.project(frames), mask)
+        frames = self.project(self.norm(alignment.features))
+        frames = frames + self.relevance(alignment.relevance[..., None])
+        size = math.sqrt(frames.shape[-1])  # the codes come scaled by its inverse
+        frames = self.positions(frames / size, mask) * size
         frames, _ = self.encoder(frames, mask)
         slots = self.slots.expand(len(mask), -1, -1)
         for layer in self.layers:
             slots = layer(slots, frames, mask)
         return MomentSet(
-            self.span(slots).sigmoid(),
+            (self.span(slots) + self.places).sigmoid(),
             self.score(slots).squeeze(-1),
             mask.sum(1),
             alignment.relevance,

@@ -122,6 +122,9 @@ class F2SGDConfig:
         evidence: read the frames' relevance beside S^a (see the module's docstring), and S^a with
             mean 0 and variance 1 over the map: features of captions are all alike, and what tells
             them apart would be small beside the relevance.
+        zero_start: the MLP's last layer starts at zero, not at Xavier's random weights as printed.
+            To equation 14 a random map of thousands of cells is all error; training first unlearns
+            it, and the ReLUs may not survive that (notebook 42 has the numbers).
         band: longer videos are scored for moments of at most this many frames, in memory linear in
             their length; None scores all moments of any video at once.
     """
@@ -130,6 +133,7 @@ class F2SGDConfig:
     channels: int = 16
     hidden: int = 32
     evidence: bool = True
+    zero_start: bool = True
     band: int | None = 256
 
     def __post_init__(self) -> None:
@@ -160,8 +164,9 @@ class F2SGD(nn.Module):
         for layer in (self.mlp[0], self.mlp[2]):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
-        if config.evidence:
+        if config.zero_start:
             nn.init.zeros_(self.mlp[2].weight)
+        if config.evidence:
             self.gain = nn.Parameter(torch.tensor(0.3))
 
     def forward(self, alignment: Alignment) -> CellScores:
