@@ -691,9 +691,9 @@ def ms_sl_like(config: MamFusionConfig) -> MamFusionConfig:
     )
 
 
-# The released hyper-parameters, with fusion as the paper describes it. The released model itself is
+# The released architectures, with fusion as the paper describes it. The released model itself is
 # `replace(TVR, fusion_over="batch", masks_as_published=True)`. Widths of the inputs are those of
-# MS-SL's features.
+# MS-SL's features. How each is trained: `tvg_lib.retrieval.recipes`.
 TVR = MamFusionConfig(video_dim=3072, text_dim=768, max_frames=512, dropout=0.45)
 ACTIVITYNET = MamFusionConfig(video_dim=1024, text_dim=1024, max_frames=256, dropout=0.18)
 CHARADES = MamFusionConfig(

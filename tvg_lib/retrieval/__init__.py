@@ -5,4 +5,5 @@ layout       reader of MS-SL's published features
 evaluation   encode a library, score and re-rank, report
 baselines    rules without training
 experiments  train, choose on held-out recordings, test, record
+recipes      the released hyper-parameters
 """
