@@ -73,8 +73,8 @@ class MemoryBankContrast(MultiScaleContrast):
 
     A slot of the bank holds, level by level, the running mean of one query's target features over
     the steps that saw it. The positive is the query's own slot, the negatives are slots of other
-    videos, at most as many as its targets on the level. Slots are given by a hash of the query's id; a
-    newcomer takes the slot over. In the first epoch only negatives exist, and the loss is 0.
+    videos, at most as many as its targets on the level. Slots are given by a hash of the query's
+    id; a newcomer takes the slot over. In the first epoch only negatives exist: the loss is 0.
 
     In several processes the bank is that of the first one, whose buffers the others receive, and
     so knows its share of the queries only.
