@@ -343,13 +343,28 @@ def test_records_fill_their_own_columns() -> None:
     )
     text = repr(table)
     assert "41.00 ± 1.00" in text
-    assert "MSCL, ours: qvh-captions/test, scale full, seeds 0, 1, 2; commit 0123456" in text
-    assert "MSCL, this machine: qvh-captions/test, scale cpu, seed 0;" in text
+    assert "ours: qvh-captions/test, scale full, seeds 0, 1, 2, commit 0123456" in text
+    assert "this machine: qvh-captions/test, scale cpu, seed 0," in text
     assert text.count("not run") == 6  # three metrics, two columns
     for shown in (table._repr_html_(), table.markdown()):
         assert "41.00 ± 1.00" in shown
         assert "39.50" in shown
         assert "the paper has no row with neither loss" in shown
+
+
+def test_rows_from_one_source_share_a_line() -> None:
+    records = [
+        replace(record(0, method=method), seconds=seconds)
+        for method, seconds in (("snag", 20.0), ("mscl", 40.4), ("hieramamba", 30.0))
+    ]
+    runs = {r.method: Run(r.method, r.dataset) for r in records}
+    elsewhere = replace(record(1, method="late"), seconds=5.0)
+    runs["late"] = Run("late", elsewhere.dataset)
+    table = of_runs("t", runs, ["R1@0.5"], committed=[*records, elsewhere], fresh=[])
+    first, second = table.provenance
+    assert first.startswith("ours: qvh-captions/test, scale full, seed 0, commit")
+    assert first.endswith(", 20 to 40 s a run: snag; mscl; hieramamba")
+    assert second.endswith(", 5 s a run: late")
 
 
 def test_every_line_of_a_table_has_as_many_columns_as_its_head() -> None:

@@ -136,7 +136,7 @@ class ResultTable:
         title: shown above.
         metrics: columns, in order.
         rows: in order.
-        provenance: one line for each row of ours that has records.
+        provenance: where our numbers come from; rows that come from the same share a line.
         intervals: show our means with their intervals over queries, not with the deviation over
             seeds.
     """
@@ -342,7 +342,8 @@ def _assemble(
     committed: Sequence[RunRecord],
     fresh: Sequence[RunRecord],
 ) -> ResultTable:
-    rows, provenance = [], []
+    rows: list[Row] = []
+    sources: dict[tuple[str, str], dict[str, float]] = {}  # seconds of rows by view and origin
     for label, printed in numbers.items():
         run = runs.get(label)
         cells = {}
@@ -360,12 +361,18 @@ def _assemble(
             for view, part in (("ours", committed), ("this machine", fresh)):
                 records = selected(part, run.method, run.dataset, run.variant)
                 if records:
-                    provenance.append(f"{label}, {view}: {_origin(records)}")
+                    seconds = sum(r.seconds for r in records) / len(records)
+                    sources.setdefault((view, _origin(records)), {})[label] = seconds
+    provenance = []
+    for (view, origin), seconds_of in sources.items():
+        ends = dict.fromkeys(f"{end(seconds_of.values()):.0f}" for end in (min, max))
+        labels = "; ".join(seconds_of)
+        provenance.append(f"{view}: {origin}, {' to '.join(ends)} s a run: {labels}")
     return ResultTable(title, metrics, tuple(rows), tuple(provenance))
 
 
 def _origin(records: Sequence[RunRecord]) -> str:
-    """Scale, seeds, data, commit, hardware and time of a row's records, in one line."""
+    """Scale, seeds, data, commit and hardware of a row's records, in one line."""
 
     def joined(values: Iterable[str]) -> str:
         return ", ".join(sorted(set(values)))
@@ -373,9 +380,8 @@ def _origin(records: Sequence[RunRecord]) -> str:
     seeds = ", ".join(str(seed) for seed in sorted(r.seed for r in records))
     commits = joined((r.commit or "no commit")[:7] + ("+" if r.dirty else "") for r in records)
     hardware = joined(r.environment.get("gpu") or r.environment.get("cpu", "") for r in records)
-    seconds = sum(r.seconds for r in records) / len(records)
     plural = "s" if len(records) > 1 else ""
     return (
-        f"{records[0].dataset}, scale {records[0].scale}, seed{plural} {seeds}; commit {commits}; "
-        f"{hardware}; {seconds:.0f} s a run"
+        f"{records[0].dataset}, scale {records[0].scale}, seed{plural} {seeds}, commit {commits}, "
+        f"{hardware}"
     )
