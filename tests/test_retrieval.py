@@ -273,6 +273,15 @@ def test_score_matrix_is_that_of_pairs(library, given_space):
     assert row == len(library)
 
 
+def test_a_library_does_not_depend_on_its_batches(library):
+    torch.manual_seed(0)
+    model = MamFusion(MODEL).eval()
+    whole, parts = encode_library(model, library, VIEW), encode_library(model, library, VIEW, 2)
+    assert len(parts.hidden) == len(library.videos)
+    for name, expected in vars(whole).items():
+        torch.testing.assert_close(getattr(parts, name), expected)
+
+
 def test_moment_ratios_count_overlaps_once():
     data = make_dataset(
         {"a": 10}, [("a", [[0, 4], [2, 6], [8, 9]]), ("a", [[0, 10]]), ("a", [[5, 6], [1, 2]])]

@@ -29,8 +29,9 @@ untrained model is then the rule without training: the maximum over (averaged) s
 the mean of the frames.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -448,6 +449,15 @@ class EncodedVideos:
     hidden: Tensor
     segments: Tensor
     vector: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The videos of several parts, one part after the other."""
+        return cls(
+            hidden=torch.cat([part.hidden for part in parts]),
+            segments=torch.cat([part.segments for part in parts]),
+            vector=torch.cat([part.vector for part in parts]),
+        )
 
 
 @dataclass(frozen=True)

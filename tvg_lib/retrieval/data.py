@@ -75,6 +75,16 @@ class RetrievalView:
             frames = averaged(clips, self.max_frames, self.drop_last)
         return unit_rows(averaged(clips, self.segments, self.drop_last)), unit_rows(frames)
 
+    def videos(self, clips: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
+        """(T_n, C) clips of B videos to what `MamFusion.encode_video` reads.
+
+        Returns:
+            segments (B, L, C), padded frames (B, T, C) and their mask (B, T).
+        """
+        cut = [self.video(sequence) for sequence in clips]
+        frames, mask = pad([frames for _, frames in cut])
+        return torch.from_numpy(np.stack([segments for segments, _ in cut])), frames, mask
+
     def words(self, words: np.ndarray) -> np.ndarray:
         """(K, C) word features, cut and scaled to length 1."""
         return unit_rows(words[: self.max_words])
@@ -148,10 +158,8 @@ def load_videos(
     dataset: GroundingDataset, view: RetrievalView, video_ids: Sequence[str]
 ) -> VideoBatch:
     """Read, cut and pad some videos."""
-    cut = [view.video(dataset.clips(video_id)) for video_id in video_ids]
-    frames, mask = pad([frames for _, frames in cut])
-    segments = torch.from_numpy(np.stack([segments for segments, _ in cut]))
-    return VideoBatch(segments, frames, mask, tuple(video_ids))
+    cut = view.videos([dataset.clips(video_id) for video_id in video_ids])
+    return VideoBatch(*cut, tuple(video_ids))
 
 
 def load_queries(

@@ -24,14 +24,11 @@ def encode_library(
 ) -> EncodedVideos:
     """All videos, in the order of the data set, on the device of the model."""
     device = next(model.parameters()).device
-    parts = [
-        model.encode_video(*(x.to(device) for x in (b.segments, b.frames, b.frame_mask)))
-        for b in video_batches(dataset, view, batch_size)
-    ]
-    return EncodedVideos(
-        hidden=torch.cat([part.hidden for part in parts]),
-        segments=torch.cat([part.segments for part in parts]),
-        vector=torch.cat([part.vector for part in parts]),
+    return EncodedVideos.joined(
+        [
+            model.encode_video(*(x.to(device) for x in (b.segments, b.frames, b.frame_mask)))
+            for b in video_batches(dataset, view, batch_size)
+        ]
     )
 
 
