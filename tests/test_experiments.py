@@ -4,21 +4,24 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from _training_run import SMALL_SNAG
 
 from tvg_lib.baselines import ClipScores, MomentPrior, ZeroShotWindow
 from tvg_lib.data.dataset import GroundingDataset
 from tvg_lib.data.planted import PlantedConfig, planted
-from tvg_lib.errors import ConfigurationError
+from tvg_lib.errors import ConfigurationError, DataError
 from tvg_lib.experiments import (
     GroundingRecipe,
     TrainedGrounder,
     evaluate_baseline,
     evaluate_grounder,
     grounding_metrics,
+    has_weights,
     read_points,
     read_ranked,
+    recorded_snag,
     train_grounder,
 )
 from tvg_lib.losses.detection import DetectionObjective
@@ -102,6 +105,24 @@ def test_the_record_says_what_was_done(run, data, checkout) -> None:
     ).record
     assert other.parameters["external"] == {"smoothing": 5, "temperature": 0.1}
     assert load_records(records_folder("cpu", fresh=True)) == [other, record]
+
+
+def test_a_recorded_model_answers_again(run, data, checkout) -> None:
+    test = evaluate_grounder(run, data["test"])
+    (record,) = [r for r in load_records(records_folder("cpu", fresh=True)) if r.variant == "main"]
+    assert has_weights(record)
+    again = recorded_snag(record)(data["test"])
+    for found, expected in zip(again, test.predictions, strict=True):
+        np.testing.assert_array_equal(found.moments, expected.moments)
+    nowhere, other = replace(record, artifacts=()), replace(record, method="hieramamba")
+    assert not has_weights(nowhere)
+    assert not has_weights(replace(record, artifacts=("runs/cpu/train/gone",)))
+    with pytest.raises(DataError, match="names no run"):
+        recorded_snag(nowhere)
+    with pytest.raises(DataError, match="expected a record of snag"):
+        recorded_snag(other)
+    with pytest.raises(DataError, match="does not describe"):
+        recorded_snag(replace(record, parameters={}))
 
 
 def test_what_decides_a_run_names_its_folder(run, data) -> None:

@@ -118,6 +118,8 @@ def test_a_model_answers_as_in_an_evaluation(
     dataset = as_dataset(encoded, encoders, QUESTION)
     factors = None if external is None else external.of(dataset)
     (plain,) = ground(model, dataset, config, external=factors)
+    (same,) = grounder.predict(dataset)
+    np.testing.assert_array_equal(same.moments, plain.moments)
     answer = grounder.ground(QUESTION, top_k=4)
     assert len(answer) > 1
     np.testing.assert_allclose(answer.prediction.moments, plain.moments, atol=1e-4)
@@ -134,6 +136,7 @@ def test_a_rule_needs_no_training(encoders: TinyDualEncoder, film: Path) -> None
         as_dataset(encoded, encoders, "a red light")
     )
     np.testing.assert_allclose(answer.prediction.moments, plain.moments)
+    assert len(grounder.predict(as_dataset(encoded, encoders, "a red light"))[0]) == 2
     assert (encoded.duration, len(encoded.features)) == (20.0, 19)
 
 

@@ -7,24 +7,28 @@ batches, the same selection, the same decoding, the same metrics with the same i
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 
 from tvg_lib import paths
 from tvg_lib.baselines import ClipScores
+from tvg_lib.checkpoints import read_state
 from tvg_lib.data.batching import BatchPlan, Crop
 from tvg_lib.data.dataset import GroundingDataset
 from tvg_lib.decoding import DecodingConfig, Prediction, ground
-from tvg_lib.errors import ConfigurationError
+from tvg_lib.errors import ConfigurationError, DataError
 from tvg_lib.evaluation import qvhighlights_report, recall_report
 from tvg_lib.metrics import MetricReport
 from tvg_lib.models.aligned_grounder import ground_aligned
+from tvg_lib.models.snag import SnAG, SnagConfig
 from tvg_lib.nn.points import PointGrid
 from tvg_lib.results import RunRecord, new_record, records_folder, save
-from tvg_lib.training import TrainingConfig, TrainingResult, run_key, train
+from tvg_lib.training import WEIGHTS, TrainingConfig, TrainingResult, run_key, train
 
 COMMON_MODULES = (
     "tvg_lib.data.batching",
@@ -250,6 +254,48 @@ def evaluate_grounder(
     )
     save(record, records_folder(trained.scale, fresh=True))
     return GroundingTest(predictions, report, record)
+
+
+def has_weights(record: RunRecord) -> bool:
+    """Whether the trained weights of a record are on this machine."""
+    return bool(record.artifacts) and _weights_file(record).is_file()
+
+
+def recorded_weights(record: RunRecord) -> dict[str, Tensor]:
+    """The trained weights of a record that this machine made.
+
+    Raises:
+        DataError: the record names no run, or its weights are not on this machine.
+    """
+    if not record.artifacts:
+        raise DataError(f"{record.file_name} names no run with weights")
+    return read_state(_weights_file(record))[0]
+
+
+def _weights_file(record: RunRecord) -> Path:
+    return paths.root() / record.artifacts[0] / WEIGHTS
+
+
+def recorded_snag(record: RunRecord) -> Callable[[GroundingDataset], list[Prediction]]:
+    """The answers of a SnAG that this machine trained, without external scores, to any data set.
+
+    Args:
+        record: of method "snag"; it says what the model is and how its points become moments.
+
+    Raises:
+        DataError: the record is of another method, or its weights are not on this machine.
+    """
+    if record.method != "snag":
+        raise DataError(f"{record.file_name}: expected a record of snag")
+    weights = recorded_weights(record)
+    try:
+        recipe = record.parameters["recipe"]
+        model = SnAG(SnagConfig(**record.parameters["architecture"]))
+        model.load_state_dict(weights)
+        decoding, grid = DecodingConfig(**recipe["decoding"]), PointGrid(**recipe["grid"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise DataError(f"{record.file_name} does not describe its weights: {error}") from error
+    return partial(ground, model.eval(), config=decoding, grid=grid)
 
 
 def evaluate_baseline(

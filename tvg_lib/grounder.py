@@ -32,6 +32,7 @@ from tvg_lib.decoding import (
     DecodingConfig,
     Prediction,
     decode,
+    ground,
     point_moments,
     spread_over_levels,
     to_predictions,
@@ -282,6 +283,13 @@ class Grounder:
         else:
             (prediction,) = replace(self.model, keep=top_k).predict(asked)
         return Answer(prediction, video.encoded)
+
+    def predict(self, dataset: GroundingDataset) -> list[Prediction]:
+        """Answers to every query of a data set with features of this grounder's encoders."""
+        if not isinstance(self.model, PointGrounder):
+            return self.model.predict(dataset)
+        scores = None if self.external is None else self.external.of(dataset)
+        return ground(self.model, dataset, self.decoding, self.grid, external=scores)
 
     @torch.inference_mode()
     def _predict(self, asked: GroundingDataset, video: IndexedVideo, top_k: int) -> Prediction:

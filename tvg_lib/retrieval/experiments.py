@@ -12,16 +12,16 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from tvg_lib import paths
-from tvg_lib.checkpoints import read_state
 from tvg_lib.data.dataset import GroundingDataset
 from tvg_lib.errors import DataError
+from tvg_lib.experiments import recorded_weights
 from tvg_lib.losses.retrieval import RetrievalObjective
 from tvg_lib.metrics import RetrievalReport
 from tvg_lib.models.mamfusion import MamFusion, MamFusionConfig
 from tvg_lib.results import RunRecord, new_record, records_folder, save
 from tvg_lib.retrieval.data import RetrievalPlan, RetrievalView
 from tvg_lib.retrieval.evaluation import report_of_scores, score_matrix
-from tvg_lib.training import WEIGHTS, TrainingConfig, TrainingResult, run_key, train
+from tvg_lib.training import TrainingConfig, TrainingResult, run_key, train
 
 MODULES = (
     "tvg_lib.losses.retrieval",
@@ -178,16 +178,13 @@ def recorded_model(record: RunRecord) -> tuple[MamFusion, RetrievalView]:
     Raises:
         DataError: the record names no run, or its weights are not on this machine.
     """
-    if not record.artifacts:
-        raise DataError(f"{record.file_name} names no run with weights")
-    path = paths.root() / record.artifacts[0] / WEIGHTS
-    tensors, _ = read_state(path)
+    weights = recorded_weights(record)
     try:
         model = MamFusion(MamFusionConfig(**record.parameters["architecture"]))
-        model.load_state_dict(tensors)
+        model.load_state_dict(weights)
         view = RetrievalView(**record.parameters["recipe"]["view"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise DataError(f"{record.file_name} does not describe {path}: {error}") from error
+        raise DataError(f"{record.file_name} does not describe its weights: {error}") from error
     return model.eval(), view
 
 
