@@ -49,7 +49,6 @@ from torch.nn import functional as F
 
 from tvg_lib import inline, paths
 from tvg_lib.baselines import ZeroShotWindow
-from tvg_lib.data.batching import pad
 from tvg_lib.data.dataset import GroundingDataset, Query, Video
 from tvg_lib.data.features import ArrayStore, check_id, check_sequence, read_array
 from tvg_lib.decoding import Prediction
@@ -122,11 +121,7 @@ class Retriever:
     @torch.inference_mode()
     def encode_videos(self, clips: Sequence[np.ndarray]) -> EncodedVideos:
         """Encode (T, C) clip features of some videos."""
-        cut = [self.view.video(sequence) for sequence in clips]
-        frames, mask = pad([frames for _, frames in cut])
-        segments = torch.from_numpy(np.stack([segments for segments, _ in cut]))
-        inputs = (segments, frames, mask)
-        return self.model.encode_video(*(x.to(self.device) for x in inputs))
+        return self.model.encode_video(*(x.to(self.device) for x in self.view.videos(clips)))
 
     @torch.inference_mode()
     def encode_question(self, text: str) -> tuple[EncodedQueries, np.ndarray, np.ndarray]:
@@ -490,14 +485,16 @@ class VideoIndex:
     def _write(self, videos: Sequence[tuple[Video, np.ndarray]]) -> None:
         """Encode some videos and add them as a shard."""
         clips = [sequence for _, sequence in videos]
-        parts = [
-            self.retriever.encode_videos(clips[start : start + TOGETHER])
-            for start in range(0, len(clips), TOGETHER)
-        ]
+        encoded = EncodedVideos.joined(
+            [
+                self.retriever.encode_videos(clips[start : start + TOGETHER])
+                for start in range(0, len(clips), TOGETHER)
+            ]
+        )
         arrays = {
-            "segments": torch.cat([part.segments for part in parts]).cpu().half(),
-            "hidden": torch.cat([part.hidden for part in parts]).cpu().half(),
-            "vectors": torch.cat([part.vector for part in parts]).cpu(),
+            "segments": encoded.segments.cpu().half(),
+            "hidden": encoded.hidden.cpu().half(),
+            "vectors": encoded.vector.cpu(),
             "clips": torch.from_numpy(np.concatenate(clips)).half(),
         }
         if not all(torch.isfinite(array).all() for array in arrays.values()):
