@@ -49,7 +49,9 @@ def anchor_contrast(
             n * stride + stride - 1.
         token_mask: (B, T).
         anchors: (B, N, D) unit vectors, N = ceil(T / stride); anchor_mask (B, N).
-        gap_ratio: negatives are anchors of the same video more than max(1, gap_ratio * N) away.
+        gap_ratio: negatives are anchors of the same video more than max(1, gap_ratio * N) away,
+            rounded down. As released, N counts padding: a video's gap depends on the longest of
+            its batch.
         negative_ratio: negatives per positive token; None takes every admissible one.
         temperature: tau.
         stride: tokens per anchor.

@@ -214,9 +214,8 @@ class VideoMamba(nn.Module):
     """Clip embedding and a stack of `AnchorMambaPooling` blocks, each at half the length.
 
     Args:
-        windowed_levels: local attention has its window in so many levels and is full above.
-        local_levels: the local encoder is left out from this level on; None keeps it everywhere.
-        Others as in `HieraMambaConfig` and `AnchorMambaPooling`.
+        config: of the whole model; only what concerns the video is read.
+        in_channels: C_in of the clips; with early fusion they come projected.
     """
 
     def __init__(self, config: "HieraMambaConfig", in_channels: int) -> None:
