@@ -215,6 +215,20 @@ class TestPaddingAndBatches:
             )
             assert_same_answers(together, model(alone), [query], [0])
 
+    @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of PyTorch's RMS norm
+    @variants
+    def test_bf16_is_about_the_same(self, changes):
+        torch.manual_seed(0)
+        model = HieraMamba(replace(TINY, **changes)).eval()
+        batch = make_batch([75, 9], [0, 1], [4, 7])
+        batch = replace(batch, video=batch.video.float(), text=batch.text.float())
+        exact = model(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(batch)
+        output.logits.float().sum().backward()
+        difference = (output.logits.float() - exact.logits)[exact.mask].abs().mean()
+        assert difference < 0.1 * exact.logits[exact.mask].std()
+
     @pytest.mark.parametrize("early_fusion", [False, True])
     def test_encoding_once_and_asking_later_is_the_same(self, early_fusion):
         model = small(early_fusion=early_fusion)

@@ -60,7 +60,8 @@ class AnchorPooling(nn.Module):
             return self._max(tokens, mask)
         if self.method == "gated":
             mean, high = self._mean(tokens, mask), self._max(tokens, mask)
-            return torch.lerp(mean, high, self.gate(torch.cat([mean, high], -1)).sigmoid())
+            share = self.gate(torch.cat([mean, high], -1)).sigmoid()
+            return torch.lerp(mean, high, share.to(mean.dtype))  # autocast makes it narrower
         return self._attended(tokens, mask)
 
     @staticmethod
