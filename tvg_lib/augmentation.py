@@ -1,4 +1,4 @@
-"""More training queries about the same videos, without more annotation. For training splits only.
+"""More to train on, without more annotation. For training splits only.
 
 QVH-captions has 1,550 annotated queries to train on, a fifth of what QVHighlights' own training
 split has. Two ways to more of them, both counted in the records:
@@ -7,6 +7,9 @@ split has. Two ways to more of them, both counted in the records:
 - *caption queries*: a clip's own caption asked as a question, whose moment is the stretch round the
   clip where captions stay similar. No human marked these moments; they teach a model to match words
   and clips, not where people see a moment end.
+
+ShapeStories has films of three lengths. A model that is tied to no length can learn words on short
+films, where a step is cheap, and distances on longer ones: `joined`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,6 +92,29 @@ def with_caption_queries(
                 moment = np.array([[start, end]])
                 others.append(Query(f"{video.id}#{clip}", video.id, texts[clip], moment))
     return _with_queries(dataset, others, encoder, f"captioned{per_video}")
+
+
+def joined(first: GroundingDataset, second: GroundingDataset) -> GroundingDataset:
+    """The videos and queries of two data sets as one, those of `first` first.
+
+    Raises:
+        DataError: an id occurs in both, their features differ in width, or only one of them has
+            sentence vectors.
+    """
+    twice = first.videos.keys() & second.videos.keys()
+    if twice:
+        raise DataError(f"{first.name} and {second.name} both hold a video {min(twice)!r}")
+    sentences = [s for s in (first.sentence_features, second.sentence_features) if s is not None]
+    if len(sentences) == 1:
+        raise DataError(f"{first.name} and {second.name}: only one of them has sentence vectors")
+    return GroundingDataset(
+        name=f"{first.name}+{second.name}",
+        videos={**first.videos, **second.videos},
+        queries=(*first.queries, *second.queries),
+        video_features=JoinedFeatures(first.video_features, second.video_features),
+        text_features=JoinedFeatures(first.text_features, second.text_features),
+        sentence_features=JoinedFeatures(*sentences) if sentences else None,
+    )
 
 
 def _with_queries(

@@ -260,8 +260,18 @@ def evaluate_baseline(
     scale: str,
     parameters: Any,
     modules: Sequence[ModuleType | str] = ("tvg_lib.baselines",),
+    variant: str = "main",
 ) -> GroundingTest:
-    """Test a method without training; its record is like any other (seed 0)."""
+    """Test a method without training; its record is like any other (seed 0).
+
+    Args:
+        method, variant: names for the record.
+        predict: the answers to all queries of a data set, in their order.
+        test_set: named in the record by its `name`.
+        scale: whose folder below `runs/` takes the record.
+        parameters: everything configurable, for the record.
+        modules: library modules that define the method.
+    """
     started = time.perf_counter()
     predictions = predict(test_set)
     report = grounding_metrics(predictions, test_set)
@@ -274,6 +284,7 @@ def evaluate_baseline(
         metrics=report.estimates(),
         seconds=time.perf_counter() - started,
         modules=(*COMMON_MODULES, *modules),
+        variant=variant,
         data_hash=test_set.fingerprint,
     )
     save(record, records_folder(scale, fresh=True))

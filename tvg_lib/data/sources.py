@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from tvg_lib.augmentation import joined, with_caption_queries, with_paraphrases
 from tvg_lib.data import planted, qvh_captions
 from tvg_lib.data.dataset import GroundingDataset, Query
 from tvg_lib.data.features import ArrayStore
@@ -59,6 +60,51 @@ def benchmark(scale: str, name: str | None = None) -> dict[str, GroundingDataset
         return shapestories.benchmark(SHAPESTORIES[name], scale)
     train, val = qvh_captions.load("val").split(HELD_OUT, SPLIT_SEED)
     return {"train": train, "val": val, "test": qvh_captions.load("test")}
+
+
+def enlarged(
+    train_set: GroundingDataset,
+    scale: str,
+    name: str | None = None,
+    *,
+    paraphrases: bool = False,
+    caption_queries: int = 0,
+    shorter_films: bool = False,
+) -> GroundingDataset:
+    """A training split with more to train on; what does not apply to its data set adds nothing.
+
+    Args:
+        train_set: the "train" of `benchmark`, or a part of it.
+        scale, name: of the data, as in `benchmark`.
+        paraphrases: QVH-captions: ask every query in other words, too.
+        caption_queries: QVH-captions: captions of each video asked as queries.
+        shorter_films: ShapeStories: add the training films of the shorter lengths.
+
+    Raises:
+        ConfigurationError: there is no such data set.
+    """
+    name = _named(scale, name)
+    if name == "qvh-captions" and paraphrases:
+        train_set = with_paraphrases(train_set, qvh_captions.paraphrases("val"))
+    if name == "qvh-captions" and caption_queries:
+        train_set = with_caption_queries(train_set, qvh_captions.captions("val"), caption_queries)
+    if name in SHAPESTORIES and shorter_films:
+        for shorter in list(SHAPESTORIES)[: list(SHAPESTORIES).index(name)]:
+            train_set = joined(train_set, split_of(scale, shorter, "train"))
+    return train_set
+
+
+def split_of(scale: str, name: str, split: planted.Split) -> GroundingDataset:
+    """One split of ShapeStories, without making films for the others.
+
+    Raises:
+        ConfigurationError: `name` is no length of ShapeStories.
+    """
+    if name not in SHAPESTORIES:
+        raise ConfigurationError(f"expected one of {', '.join(SHAPESTORIES)}, found {name!r}")
+    length = SHAPESTORIES[name]
+    films = shapestories.FILMS[scale][length][planted.SPLITS.index(split)]
+    return shapestories.load(shapestories.LENGTHS[length], split, films)
 
 
 def _named(scale: str, name: str | None) -> str:
