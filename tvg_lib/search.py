@@ -219,7 +219,7 @@ class _Shard:
 
     Attributes:
         name: of its files.
-        entries: what the manifest of a data set would say of each video.
+        entries: id, length, recording, grid and number of clips of each video.
         arrays: those of `OF_VIDEOS`, and "clips" of all videos one after the other.
         ends: where the clips of each video start, and the end of the last.
     """
@@ -331,7 +331,7 @@ class VideoIndex:
         if not self._shards:
             return
         basis = self._manifest["basis"]
-        self._basis = torch.from_numpy(np.array(read_array(self.folder / f"{basis}.npy")))
+        self._basis = self._directions(basis)
         # Segment by segment, so that the maximum over segments runs along contiguous videos.
         length = self._shards[0].arrays["segments"].shape[1]
         self._sketch = torch.empty(length, len(self._videos), self._basis.shape[1])
@@ -458,7 +458,7 @@ class VideoIndex:
                     kept.append(shard.name)
                 elif keep:
                     copy = self._save_shard(*shard.only(keep))
-                    self._save_sketch(copy, basis)
+                    self._save_sketch(copy, basis, self._basis)
                     kept.append(copy.name)
             self._replace(shards=kept)
             self._load()
@@ -505,11 +505,11 @@ class VideoIndex:
         count = sum(map(len, shards))
         basis, fitted = self._manifest["basis"], self._manifest["fitted"]
         if basis is None or count >= REFIT * fitted:
-            basis, fitted = self._save_basis(shards), count
-            for shard in shards:
-                self._save_sketch(shard, basis)
+            (basis, directions), fitted, unsketched = self._save_basis(shards), count, shards
         else:
-            self._save_sketch(new, basis)
+            directions, unsketched = self._directions(basis), [new]
+        for shard in unsketched:
+            self._save_sketch(shard, basis, directions)
         self._replace(basis=basis, fitted=fitted, shards=[shard.name for shard in shards])
 
     def _save_shard(
@@ -521,17 +521,20 @@ class VideoIndex:
         self._opened[name] = _Shard.open(self.folder, name)
         return self._opened[name]
 
-    def _save_basis(self, shards: Sequence[_Shard]) -> str:
+    def _save_basis(self, shards: Sequence[_Shard]) -> tuple[str, Tensor]:
         """Fit the directions of the sketch to segments from all over the library."""
         some = np.unique(np.linspace(0, len(shards) - 1, FITTED).round().astype(int))
         rows = torch.cat([shards[i].arrays["segments"].flatten(0, 1).float() for i in some])
         directions = principal_directions(F.normalize(rows, dim=-1), SKETCH)
         name = f"basis-{uuid.uuid4().hex[:12]}"
         _save(self.folder / f"{name}.npy", directions.numpy())
-        return name
+        return name, directions
 
-    def _save_sketch(self, shard: _Shard, basis: str) -> None:
-        directions = torch.from_numpy(np.array(read_array(self.folder / f"{basis}.npy")))
+    def _directions(self, basis: str) -> Tensor:
+        """(D, R) of a basis on disk."""
+        return torch.from_numpy(np.array(read_array(self.folder / f"{basis}.npy")))
+
+    def _save_sketch(self, shard: _Shard, basis: str, directions: Tensor) -> None:
         _save(self.folder / _sketch_file(shard.name, basis), shard.sketch(directions))
 
     def _replace(self, **changes: Any) -> None:

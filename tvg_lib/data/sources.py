@@ -102,9 +102,16 @@ def split_of(scale: str, name: str, split: planted.Split) -> GroundingDataset:
     """
     if name not in SHAPESTORIES:
         raise ConfigurationError(f"expected one of {', '.join(SHAPESTORIES)}, found {name!r}")
+    return shapestories.load(*_films(scale, name, split))
+
+
+def _films(
+    scale: str, name: str, split: planted.Split
+) -> tuple[shapestories.StoryConfig, planted.Split, int]:
+    """A split of ShapeStories as its modules ask for it: which films, and how many."""
     length = SHAPESTORIES[name]
-    films = shapestories.FILMS[scale][length][planted.SPLITS.index(split)]
-    return shapestories.load(shapestories.LENGTHS[length], split, films)
+    count = shapestories.FILMS[scale][length][planted.SPLITS.index(split)]
+    return shapestories.LENGTHS[length], split, count
 
 
 def _named(scale: str, name: str | None) -> str:
@@ -138,9 +145,7 @@ def captions(
     """
     name = _named(scale, name)
     if name in SHAPESTORIES:
-        length = SHAPESTORIES[name]
-        films = shapestories.FILMS[scale][length][planted.SPLITS.index(split)]
-        return shapestories.captions(shapestories.LENGTHS[length], split, films)
+        return shapestories.captions(*_films(scale, name, split))
     if name == "qvh-captions":
         return qvh_captions.captions("test" if split == "test" else "val")
     return planted.captions(split)

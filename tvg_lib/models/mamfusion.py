@@ -632,8 +632,8 @@ class MamFusion(nn.Module):
             fused: (..., N) second scores of the same videos.
         """
         both = (1 - self.config.fused_weight) * first + self.config.fused_weight * fused
-        ends = (scores.amin(-1, keepdim=True) for scores in (first, both))
-        return both + torch.sub(*ends).clamp(min=0)
+        lift = first.amin(-1, keepdim=True) - both.amin(-1, keepdim=True)
+        return both + lift.clamp(min=0)
 
     def forward(self, batch: RetrievalInputs) -> RetrievalOutput:
         """All scores of a batch; the second score for the right video and the hardest others."""
