@@ -526,7 +526,7 @@ class TestAnchorContrast:
             0.2,
             ratio,
             hard_negatives=hard,
-            across_videos=across,
+            other_videos=~torch.eye(3, dtype=torch.bool) if across else None,
         )
         losses = []
         for b, valid in enumerate([7, 10, 4]):
@@ -584,6 +584,28 @@ def test_segment_negatives_are_rounded_down():
     assert len(one) == 5  # each of the five alone
 
 
+def test_hard_segment_negatives_are_the_most_similar_of_here_and_elsewhere():
+    features, elsewhere = unit(2, 6, 4), unit(5, 4, seed=1)
+    positive = torch.tensor([[True, True, False, False, False, False]] * 2)
+    admissible = torch.tensor([[True, True, True, False, False], [False] * 5])
+    ours = segment_contrast(
+        features,
+        positive,
+        ~positive,
+        1.0,
+        hard_negatives=True,
+        elsewhere=elsewhere,
+        elsewhere_negative=admissible,
+    )
+    losses = []
+    for query, others in enumerate(([*features[0, 2:], *elsewhere[:3]], features[1, 2:])):
+        prototype = F.normalize(features[query, :2].sum(0), dim=-1)
+        hardest = sorted((float(x @ prototype) for x in others), reverse=True)[:2]
+        own = (features[query, :2] @ prototype / 0.07).exp().sum()
+        losses.append(-torch.log(own / (own + (torch.tensor(hardest) / 0.07).exp().sum())))
+    torch.testing.assert_close(ours, torch.stack(losses).mean(), check_dtype=False)
+
+
 class TestObjective:
     def setup_method(self):
         torch.manual_seed(0)
@@ -593,19 +615,46 @@ class TestObjective:
         settings = {"anchor": AnchorContrast(), "segment": SegmentContrast()} | settings
         return HieraMambaObjective(8, projector_channels=5, **settings).double()
 
+    def moment_of(self, query, level, row, pyramid, *, every_level, whole_moment):
+        """Points of a level inside of a query's moment and outside, as SPC takes them."""
+        start, end = (self.batch.moments[query, 0] / 2).tolist()
+        center, radius, inside, outside = (start + end) / 2, 1.5 * 2**level, [], []
+        low, high = (0, 4) if level == 0 else (2**level, 2 ** (level + 2))
+        for t in range(int(pyramid.masks[level][row].sum())):
+            place = t * 2**level
+            reach = max(place - start, end - place)
+            in_range = low <= reach < (high if level < 3 else torch.inf) or every_level
+            near = max(start, center - radius) < place < min(end, center + radius)
+            within = start <= place <= end
+            if in_range and (within if whole_moment else near):
+                inside.append(t)
+            elif not within:
+                outside.append(t)
+        return inside, outside
+
     @pytest.mark.parametrize("early_fusion", [False, True])
     @pytest.mark.parametrize("every_level", [False, True])
-    def test_equals_loops_over_queries_and_levels(self, early_fusion, every_level):
+    @pytest.mark.parametrize("whole_moment", [False, True])
+    @pytest.mark.parametrize("across", [False, True])
+    def test_equals_loops_over_queries_and_levels(
+        self, early_fusion, every_level, whole_moment, across
+    ):
         model = small(early_fusion=early_fusion, input_stride=2)
+        segment = SegmentContrast(
+            2.0, None, every_level=every_level, whole_moment=whole_moment, across_videos=across
+        )
         objective = self.objective(
-            anchor=AnchorContrast(3.0, None, 0.2),
-            segment=SegmentContrast(2.0, None, every_level=every_level),
+            anchor=AnchorContrast(3.0, None, 0.2, across_videos=across),
+            segment=segment,
             detection=DetectionObjective(norm_start=7.0),
         )
         output = model(self.batch)
         terms = objective(output, self.batch)
         detection = DetectionObjective(norm_start=7.0)(output, self.batch)
-        rows = range(4) if early_fusion else [0, 1, 1, 0]
+        video_of_query = [0, 1, 1, 0]
+        rows, video_of_row = (range(4), [0, 1, 1, 0]) if early_fusion else ([0, 1, 1, 0], [0, 1])
+        # A row with the same video under another query is neither its own nor another video.
+        elsewhere = torch.tensor([[a != b for b in video_of_row] for a in video_of_row])
         anchor = segment = 0
         pyramid = output.pyramid
         for level in range(4):
@@ -615,26 +664,23 @@ class TestObjective:
                 objective.anchor_projector(pyramid.anchors[level]).double(),
                 pyramid.anchor_masks[level],
                 0.2,
+                other_videos=elsewhere if across else None,
             )
             losses = []
+            z = objective.segment_projector(pyramid.levels[level]).double()
             for query, row in enumerate(rows):
-                start, end = (self.batch.moments[query, 0] / 2).tolist()
-                center, radius, inside, outside = (start + end) / 2, 1.5 * 2**level, [], []
-                low, high = (0, 4) if level == 0 else (2**level, 2 ** (level + 2))
-                for t in range(int(pyramid.masks[level][row].sum())):
-                    place = t * 2**level
-                    reach = max(place - start, end - place)
-                    in_range = low <= reach < (high if level < 3 else torch.inf) or every_level
-                    near = max(start, center - radius) < place < min(end, center + radius)
-                    if near and in_range:
-                        inside.append(t)
-                    elif not start <= place <= end:
-                        outside.append(t)
-                if not inside or not outside:
+                inside, outside = self.moment_of(
+                    query, level, row, pyramid, every_level=every_level, whole_moment=whole_moment
+                )
+                negatives = [z[row, t] for t in outside]
+                for other, video in enumerate(video_of_row):
+                    if across and video != video_of_query[query]:
+                        negatives += z[other][pyramid.masks[level][other]]
+                if not inside or not negatives:
                     continue
-                z = objective.segment_projector(pyramid.levels[level][row]).double()
-                prototype = F.normalize(z[inside].mean(0), dim=-1)
-                own, others = ((z[i] @ prototype / 0.07).exp().sum() for i in (inside, outside))
+                prototype = F.normalize(z[row, inside].mean(0), dim=-1)
+                own = (z[row, inside] @ prototype / 0.07).exp().sum()
+                others = (torch.stack(negatives) @ prototype / 0.07).exp().sum()
                 losses.append(-torch.log(own / (own + others)))
             segment += torch.stack(losses).mean() if losses else 0
         anchor = anchor * (1 if early_fusion else 2) / 7

@@ -40,7 +40,7 @@ def anchor_contrast(
     temperature: float = 0.07,
     stride: int = 2,
     hard_negatives: bool = False,
-    across_videos: bool = False,
+    other_videos: Tensor | None = None,
 ) -> Tensor:
     """ACC of one level.
 
@@ -56,7 +56,8 @@ def anchor_contrast(
         temperature: tau.
         stride: tokens per anchor.
         hard_negatives: take the admissible anchors most similar instead of random ones.
-        across_videos: anchors of the batch's other videos are admissible, too.
+        other_videos: (B, B) boolean: the anchors of which rows are admissible for which, too. Rows
+            are not videos where early fusion encodes a video once for each of its queries.
 
     Returns:
         The mean over valid anchors; one without negatives counts as 0.
@@ -68,10 +69,11 @@ def anchor_contrast(
     positive = F.pad(token_mask, (0, missing)).view(batch, count, stride)
     place = torch.arange(count, device=anchors.device)
     far = (place[:, None] - place).abs() > max(1, int(gap_ratio * count))
-    if across_videos:
-        same = torch.eye(batch, dtype=torch.bool, device=anchors.device)
+    if other_videos is not None:
+        own_row = torch.eye(batch, dtype=torch.bool, device=anchors.device)[:, None, :, None]
         others = torch.einsum("bnd,cmd->bncm", anchors, anchors).flatten(2)  # (B, N, B * N)
-        negative = (far[:, None] | ~same[:, None, :, None]).flatten(2) & anchor_mask.flatten()
+        negative = (own_row & far[:, None]) | other_videos[:, None, :, None]
+        negative = negative.flatten(2) & anchor_mask.flatten()
     else:
         others = anchors @ anchors.transpose(1, 2)
         negative = (far & anchor_mask[:, None]).expand(batch, count, count)
@@ -89,6 +91,9 @@ def segment_contrast(
     negative: Tensor,
     negative_ratio: float | None = None,
     temperature: float = 0.07,
+    hard_negatives: bool = False,
+    elsewhere: Tensor | None = None,
+    elsewhere_negative: Tensor | None = None,
 ) -> Tensor:
     """SPC of one level.
 
@@ -96,18 +101,26 @@ def segment_contrast(
         features: (Q, P, D) unit vectors of the points of each query's video.
         positive: (Q, P) points of the moment: the centre-sampled ones in the released code.
         negative: (Q, P) valid points outside the whole annotated moment.
-        negative_ratio: random negatives per positive, rounded down; None takes every one.
+        negative_ratio: negatives per positive, rounded down; None takes every one.
         temperature: tau.
+        hard_negatives: take the admissible points most similar instead of random ones.
+        elsewhere: (M, D) unit vectors of points of other videos, admissible as negatives of the
+            queries that `elsewhere_negative` (Q, M) says.
 
     Returns:
         The mean over the queries that have both kinds; 0 where none has.
     """
+    mean = (features * positive[..., None]).sum(1) / positive.sum(1, keepdim=True).clamp(min=1)
+    prototype = F.normalize(mean, dim=-1)
+    similarity = others = torch.einsum("qd,qpd->qp", prototype, features)
+    if elsewhere is not None:
+        others = torch.cat([similarity, prototype @ elsewhere.T], dim=1)
+        negative = torch.cat([negative, elsewhere_negative], dim=1)
     if negative_ratio is not None:
         wanted = (negative_ratio * positive.sum(1, keepdim=True)).floor()
-        negative = random_subset(negative, wanted)
-    mean = (features * positive[..., None]).sum(1) / positive.sum(1, keepdim=True).clamp(min=1)
-    similarity = torch.einsum("qd,qpd->qp", F.normalize(mean, dim=-1), features) / temperature
-    loss = _log_ratio(similarity, positive, similarity, negative)
+        score = others.detach() if hard_negatives else None
+        negative = _subset(negative, wanted, int(wanted.max()), score)
+    loss = _log_ratio(similarity / temperature, positive, others / temperature, negative)
     both = positive.any(1) & negative.any(1)
     return loss.masked_fill(~both, 0.0).sum() / both.sum().clamp(min=1)
 

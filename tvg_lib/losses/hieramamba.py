@@ -13,6 +13,7 @@ MAD configurations switch the contrast off.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from tvg_lib.data.batching import GroundingBatch
@@ -29,6 +30,7 @@ class AnchorContrast:
 
     Attributes:
         weight: w_ACC.
+        across_videos: anchors of the batch's other videos are admissible as negatives, too.
         Others as in `anchor_contrast`.
     """
 
@@ -46,14 +48,20 @@ class SegmentContrast:
 
     Attributes:
         weight: w_SPC.
-        negative_ratio, temperature: as in `segment_contrast`.
-        every_level: take the points near the moment's centre in every level; else, as released,
-            only those that are positive for detection, which lie in about two levels per moment.
+        negative_ratio, temperature, hard_negatives: as in `segment_contrast`.
+        across_videos: points of the batch's other videos are admissible as negatives, too.
+        whole_moment: the points of the moment are all that lie in it; else, as released, those near
+            its centre.
+        every_level: take them from every level; else, as released, only from those whose points
+            are positive for detection, about two levels per moment.
     """
 
     weight: float = 1.0
     negative_ratio: float | None = 1.0
     temperature: float = 0.07
+    hard_negatives: bool = False
+    across_videos: bool = False
+    whole_moment: bool = False
     every_level: bool = False
 
 
@@ -105,17 +113,18 @@ class HieraMambaObjective(nn.Module):
         norm = self.detection.norm.value.clone()  # of the batches before this one
         terms = self.detection(output, batch)
         if self.anchor is not None:
-            terms["anchor"] = self._anchor_loss(output) / norm
+            terms["anchor"] = self._anchor_loss(output, batch) / norm
             terms["total"] = terms["total"] + self.anchor.weight * terms["anchor"]
         if self.segment is not None:
             terms["segment"] = self._segment_loss(output, batch) / norm
             terms["total"] = terms["total"] + self.segment.weight * terms["segment"]
         return terms
 
-    def _anchor_loss(self, output: PointPredictions) -> Tensor:
+    def _anchor_loss(self, output: PointPredictions, batch: GroundingBatch) -> Tensor:
         pyramid, settings = output.pyramid, self.anchor
         if not isinstance(pyramid, AnchorPyramid):
             raise ValueError("anchor contrast needs a model whose pyramid has anchors")
+        video = _video_of_rows(output, batch)
         levels = zip(
             pyramid.levels, pyramid.masks, pyramid.anchors, pyramid.anchor_masks, strict=True
         )
@@ -129,7 +138,7 @@ class HieraMambaObjective(nn.Module):
                 settings.negative_ratio,
                 settings.temperature,
                 hard_negatives=settings.hard_negatives,
-                across_videos=settings.across_videos,
+                other_videos=(video[:, None] != video) if settings.across_videos else None,
             )
             for tokens, mask, anchors, anchor_mask in levels
         )
@@ -147,18 +156,45 @@ class HieraMambaObjective(nn.Module):
             positive &= self.grid.in_range(points, moments)
         place = points[:, 0]
         inside = (place >= moments[..., 0, None]) & (place <= moments[..., 1, None]) & real
+        positive = (
+            inside if settings.whole_moment else self.grid.near_center(points, moments) & real
+        )
+        if not settings.every_level:
+            positive = positive & self.grid.in_range(points, moments)
         positive = positive.any(1) & output.mask
         negative = output.mask & ~positive & ~inside.any(1)
+        other_video = _video_of_rows(output, batch) != batch.query_video[:, None]  # (Q, rows)
         levels = zip(
-            pyramid.levels, output.per_level(positive), output.per_level(negative), strict=True
+            pyramid.levels,
+            pyramid.masks,
+            output.per_level(positive),
+            output.per_level(negative),
+            strict=True,
         )
-        return sum(
-            segment_contrast(
-                self.segment_projector(tokens)[output.pyramid_row],  # projected once per video
+        loss = 0.0
+        for tokens, mask, chosen, others in levels:
+            projected = self.segment_projector(tokens)  # once per video
+            elsewhere = elsewhere_negative = None
+            if settings.across_videos:
+                elsewhere = projected.flatten(0, 1)
+                elsewhere_negative = (other_video[..., None] & mask).flatten(1)
+            loss = loss + segment_contrast(
+                projected[output.pyramid_row],
                 chosen,
                 others,
                 settings.negative_ratio,
                 settings.temperature,
+                settings.hard_negatives,
+                elsewhere,
+                elsewhere_negative,
             )
-            for tokens, chosen, others in levels
-        )
+        return loss
+
+
+def _video_of_rows(output: PointPredictions, batch: GroundingBatch) -> Tensor:
+    """(rows,) index of the video that each row of the pyramid encodes.
+
+    With late fusion rows are videos; with early fusion a video has one row for each query.
+    """
+    video = torch.arange(len(output.pyramid.levels[0]), device=batch.query_video.device)
+    return video.scatter(0, output.pyramid_row, batch.query_video)
