@@ -74,6 +74,14 @@ def test_each_seed_and_the_mean_of_all_are_compared_and_recorded() -> None:
     assert over_most_seeds([], name, "planted/test") == "mean-of-3"
 
 
+def test_one_seed_has_no_mean() -> None:
+    found = compare([one_test([100, 0], 1)], [one_test([0, 0], 1, "snag")], modules=[])
+    assert list(found) == ["seed 1"]
+    records = saved()
+    assert set(records) == {("mscl-minus-snag", "main", 1)}
+    assert over_most_seeds(records.values(), "mscl-minus-snag", "planted/test") == "main"
+
+
 def test_a_rule_stands_against_every_seed() -> None:
     mine = [one_test([100, 0], 0), one_test([0, 0], 1)]
     found = compare(mine, [one_test([0, 0], 0, "zero-shot")], modules=[], name="against the rule")

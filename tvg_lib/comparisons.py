@@ -33,7 +33,7 @@ def compare(
     modules: Sequence[ModuleType | str],
     name: str | None = None,
 ) -> dict[str, dict[str, Estimate]]:
-    """A system minus its base, paired by query: each seed, and the mean of all; records are saved.
+    """A system minus its base, paired by query: each seed, and the mean of several; with records.
 
     Args:
         mine, base: tests of the seeds, in the same order. A base of a single test, such as a rule
@@ -43,8 +43,9 @@ def compare(
             system behind its method where it is not "main".
 
     Returns:
-        By "seed 0" and so on, and last "mean of 3": the difference of every metric that both have.
-        The record of a seed has the variant "main", that of the mean "mean-of-3".
+        By "seed 0" and so on, and last, of several seeds, such as "mean of 3": the difference of
+        every metric that both have. The record of a seed has the variant "main", that of the mean
+        such as "mean-of-3".
 
     Raises:
         DataError: different numbers of seeds, or different test sets.
@@ -56,12 +57,13 @@ def compare(
         raise DataError(f"one test set is needed, found {sorted(datasets)}")
     first = mine[0].record
     seeds = [test.record.seed for test in mine]
-    averaged = [mean_report([test.report for test in tests]) for tests in (mine, base)]
     pairs = [
         (f"seed {seed}", "main", seed, a.report, b.report)
         for seed, a, b in zip(seeds, mine, cycle(base), strict=False)
     ]
-    pairs.append((f"mean of {len(seeds)}", f"mean-of-{len(seeds)}", seeds[0], *averaged))
+    if len(seeds) > 1:
+        averaged = [mean_report([test.report for test in tests]) for tests in (mine, base)]
+        pairs.append((f"mean of {len(seeds)}", f"mean-of-{len(seeds)}", seeds[0], *averaged))
     differences = {}
     for label, variant, seed, a, b in pairs:
         differences[label] = a.minus(b)
@@ -89,16 +91,18 @@ def difference_name(mine: RunRecord, base: RunRecord) -> str:
 
 
 def over_most_seeds(records: Iterable[RunRecord], name: str, dataset: str) -> str:
-    """The variant of the mean over the most seeds that a difference has; "mean-of-3" if none.
+    """The variant that rests on the most seeds: a mean, else "main" where a seed was compared.
 
     Args:
         records: committed or fresh.
         name: method of the records, as from `difference_name`.
         dataset: data set and split.
+
+    Returns:
+        "mean-of-3" where there is no record at all: what is still to be run.
     """
-    found = [
-        int(r.variant.removeprefix("mean-of-"))
-        for r in records
-        if (r.method, r.dataset) == (name, dataset) and r.variant.startswith("mean-of-")
-    ]
-    return f"mean-of-{max(found, default=3)}"
+    variants = [r.variant for r in records if (r.method, r.dataset) == (name, dataset)]
+    means = [int(v.removeprefix("mean-of-")) for v in variants if v.startswith("mean-of-")]
+    if means or not variants:
+        return f"mean-of-{max(means, default=3)}"
+    return "main"
