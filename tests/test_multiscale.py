@@ -434,6 +434,13 @@ class TestProperties:
             mine, slow = losses_of(loss, output, batch, draw), looped(output, draw, contrast_config)
             torch.testing.assert_close(mine, tuple(slow))
             assert all(value > 0 for value in mine)
+            weights = [p for p in model.parameters() if p.requires_grad]
+            found, expected = (
+                torch.autograd.grad(sum(terms), weights, retain_graph=True, allow_unused=True)
+                for terms in (mine, slow)
+            )
+            assert any(gradient is not None for gradient in found)
+            torch.testing.assert_close(found, expected)
 
     def test_an_encoder_without_base_says_what_to_do(self):
         batch = a_batch()

@@ -35,6 +35,7 @@ from tvg_lib.losses.multiscale import (
     Pool,
     contrast,
     gather_steps,
+    sampled_pools,
 )
 from tvg_lib.models.token_mix import TwoViewPredictions
 from tvg_lib.nn.pyramid import PointPredictions
@@ -52,20 +53,7 @@ class TokenMixContrast(MultiScaleContrast):
             raise ConfigurationError(
                 "TokenMixContrast needs the second view of a TokenMixGrounder in training mode"
             )
-        pools = []
-        for x, targets, negatives in zip(
-            output.view.levels, draw.targets, draw.negatives, strict=True
-        ):
-            positive, positive_mask, _ = gather_steps(x, draw.row, targets)
-            negative, negative_mask, _ = gather_steps(x, draw.row, negatives)
-            pools.append(
-                Pool(
-                    torch.cat([positive, negative], dim=1),
-                    F.pad(positive_mask, (0, negative.shape[1])),
-                    F.pad(negative_mask, (positive.shape[1], 0)),
-                )
-            )
-        return pools
+        return sampled_pools(output.view.levels, draw, anchors_among_them=False)
 
 
 class MemoryBankContrast(MultiScaleContrast):

@@ -188,6 +188,31 @@ class Pool:
     itself: Tensor | None = None
 
 
+def sampled_pools(levels: Sequence[Tensor], draw: Draw, *, anchors_among_them: bool) -> list[Pool]:
+    """The drawn targets and negatives of each query, level by level.
+
+    Args:
+        levels: (B, T_l, D) each, of the view of the videos that gives the samples.
+        draw: which steps.
+        anchors_among_them: the anchors are of this view, too: a target is no positive of itself.
+    """
+    pools = []
+    for x, targets, negatives in zip(levels, draw.targets, draw.negatives, strict=True):
+        positive, positive_mask, _ = gather_steps(x, draw.row, targets)
+        negative, negative_mask, _ = gather_steps(x, draw.row, negatives)
+        count, more = positive_mask.shape[1], negative_mask.shape[1]
+        itself = F.pad(torch.eye(count, dtype=torch.bool, device=x.device), (0, more))
+        pools.append(
+            Pool(
+                torch.cat([positive, negative], dim=1),
+                F.pad(positive_mask, (0, more)),
+                F.pad(negative_mask, (count, 0)),
+                itself.expand(len(positive), -1, -1) if anchors_among_them else None,
+            )
+        )
+    return pools
+
+
 class MultiScaleContrast(nn.Module):
     """The two losses, on the pyramid of any `PointGrounder`.
 
@@ -223,23 +248,7 @@ class MultiScaleContrast(nn.Module):
 
     def pools(self, output: PointPredictions, batch: GroundingBatch, draw: Draw) -> list[Pool]:
         """For every level: the targets and the negatives of the same query, of this very pass."""
-        found = []
-        for x, targets, negatives in zip(
-            output.pyramid.levels, draw.targets, draw.negatives, strict=True
-        ):
-            positive, positive_mask, _ = gather_steps(x, draw.row, targets)
-            negative, negative_mask, _ = gather_steps(x, draw.row, negatives)
-            count, more = positive_mask.shape[1], negative_mask.shape[1]
-            itself = torch.eye(count, dtype=torch.bool, device=x.device)
-            found.append(
-                Pool(
-                    torch.cat([positive, negative], dim=1),
-                    F.pad(positive_mask, (0, more)),
-                    F.pad(negative_mask, (count, 0)),
-                    F.pad(itself, (0, more)).expand(len(positive), -1, -1),
-                )
-            )
-        return found
+        return sampled_pools(output.pyramid.levels, draw, anchors_among_them=True)
 
     def forward(self, output: PointPredictions, batch: GroundingBatch) -> dict[str, Tensor]:
         """The terms "within" and "cross": shares, see `tvg_lib.distributed`."""
