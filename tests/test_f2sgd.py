@@ -171,7 +171,7 @@ class TestF2SGD:
 
     def test_as_printed_it_reads_the_similarity_map_alone(self):
         """Equation 13 by direct convolutions."""
-        detector = shaken(F2SGD(replace(SMALL, evidence=False)))
+        detector = shaken(F2SGD(replace(SMALL, evidence=False, standardised=False)))
         x = make_alignment((11, 11))
         h = similarity_map(x.features, x.mask)[:, None]
         for layer in detector.convolutions:
@@ -180,6 +180,23 @@ class TestF2SGD:
         assert torch.allclose(detector(x).logits, expected, atol=1e-10)
         blind = detector(replace(x, relevance=x.relevance.flip(1))).logits
         assert torch.allclose(blind, expected, atol=1e-12)
+
+    def test_standardising_changes_the_map_and_nothing_else(self):
+        plain = shaken(F2SGD(replace(SMALL, evidence=False, standardised=False)))
+        scaled = F2SGD(replace(SMALL, evidence=False)).double()
+        scaled.load_state_dict(plain.state_dict())
+        x = make_alignment((11, 9))
+        maps = similarity_map(x.features, x.mask)
+        mean, deviation = map_contrast(F.normalize(x.features, dim=-1), x.mask)
+        rows = torch.arange(11)
+        for row, count in enumerate((11, 9)):
+            valid = (rows < count)[:, None] & (rows < count)
+            h = ((maps[row] - mean[row, 0, 0]) / deviation[row, 0, 0] * valid)[None, None]
+            for layer in plain.convolutions:
+                h = F.relu(F.conv2d(h, layer.weight, layer.bias, padding=3)) * valid
+            expected = plain.mlp(h.movedim(1, -1)).squeeze(-1)[0]
+            found = scaled(x).logits[row]
+            assert torch.allclose(found[valid], expected[valid], atol=1e-10)
 
     @pytest.mark.parametrize("evidence", [False, True])
     def test_a_zero_start_is_a_map_without_an_opinion(self, evidence):
@@ -314,28 +331,21 @@ class TestCellLosses:
             iou = interval_iou(span, moments[q, moment_mask[q]].numpy()).max()
             assert float(overlap[q, i, j]) == pytest.approx(iou, abs=1e-6)
 
-    def test_equation_14_is_the_sum_of_squares_over_the_whole_map(self):
+    @pytest.mark.parametrize("end", ["linear", "sigmoid"])
+    def test_equation_14_is_the_sum_of_squares_over_the_whole_map(self, end):
         out = make_output((7,))
         batch = replace(
             make_batch((7,), (0,), (2,)), moments=torch.tensor([[[1.5, 3.5]]], dtype=torch.float64)
         )
         total = 0.0
-        P = out.logits[0].detach().sigmoid().numpy()
+        P = out.logits[0].detach()
+        P = (P if end == "linear" else P.sigmoid()).numpy()
         for i in range(7):
             for j in range(7):
                 total += (P[i, j] - float((i, j) == (2, 3))) ** 2
-        assert float(CellObjective(PRINTED)(out, batch)["total"]) == pytest.approx(total, rel=1e-5)
-
-    def test_a_linear_end_compares_the_scores_themselves(self):
-        out = make_output((7,))
-        batch = replace(
-            make_batch((7,), (0,), (2,)), moments=torch.tensor([[[1.5, 3.5]]], dtype=torch.float64)
-        )
-        target = torch.zeros(7, 7, dtype=torch.float64)
-        target[2, 3] = 1
-        expected = ((out.logits[0] - target) ** 2).sum()
-        loss = CellObjective(replace(PRINTED, end="linear"))(out, batch)["total"]
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        loss = CellObjective(replace(PRINTED, end=end))(out, batch)["total"]
+        assert loss.item() == pytest.approx(total, rel=1e-5)
+        assert PRINTED.end == "linear"  # equation 13 ends with the MLP
 
     @pytest.mark.parametrize("banded", [False, True])
     @pytest.mark.parametrize("kind", ["squared", "cross-entropy", "binary"])

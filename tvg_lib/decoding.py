@@ -227,8 +227,10 @@ def vote(picked: Tensor, moments: Tensor, scores: Tensor, iou_threshold: float) 
 def decode(moments: Tensor, scores: Tensor, config: DecodingConfig) -> tuple[Tensor, Tensor]:
     """Suppress and vote: (Q, N, 2), (Q, N) candidates to (Q, K, 2), (Q, K), best first."""
     if config.suppression is None:
-        order = scores.topk(min(config.keep, scores.shape[1]), dim=1)
-        return moments.gather(1, order.indices[..., None].expand(-1, -1, 2)), order.values
+        # Stable: which of equal scores comes first is the model's affair, as with suppression.
+        values, order = scores.sort(dim=1, descending=True, stable=True)
+        values, order = values[:, : config.keep], order[:, : config.keep]
+        return moments.gather(1, order[..., None].expand(-1, -1, 2)), values
     picked, picked_scores = suppress(
         moments,
         scores,

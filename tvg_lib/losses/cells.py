@@ -2,8 +2,8 @@
 
 The printed loss (A2FA + F2SGD, equation 14) is the squared error to a map that is 1 at the cell of
 the true moment and 0 elsewhere: one cell in thousands pulls up, all others down. What else is here
-changes one thing at a time: the weight of the ones, targets that fade with IoU, and a softmax over
-the whole map, which asks for the right order and nothing else.
+can be changed one thing at a time: a sigmoid before the error, the weight of the ones, targets that
+fade with IoU, and a softmax over the whole map, which asks for the right order and nothing else.
 """
 
 from dataclasses import dataclass
@@ -82,10 +82,11 @@ class CellLossConfig:
     """Which loss a map is trained with.
 
     Attributes:
-        kind: "squared" is equation 14; "cross-entropy" compares a
-            softmax over all moments of a map with the targets, scaled to sum 1; "binary" is the
-            binary cross-entropy of every cell (2D-TAN).
-        end: what "squared" takes for P: the "sigmoid" of the scores, or the scores ("linear").
+        kind: "squared" is equation 14; "cross-entropy" compares a softmax over all moments of a
+            map with the targets, scaled to sum 1; "binary" is the binary cross-entropy of every
+            cell (2D-TAN).
+        end: what "squared" takes for P: the scores ("linear"), as equation 13 ends with the MLP, or
+            their "sigmoid".
         whole_map: "squared" over all cells of the map, those below the diagonal included (as
             printed), or over moments only.
         positive_weight: of cells in proportion to their target, in "squared" and "binary".
@@ -98,7 +99,7 @@ class CellLossConfig:
     """
 
     kind: Literal["squared", "cross-entropy", "binary"] = "cross-entropy"
-    end: Literal["sigmoid", "linear"] = "sigmoid"
+    end: Literal["linear", "sigmoid"] = "linear"
     whole_map: bool = False
     positive_weight: float = 1.0
     targets: Literal["corner", "overlap"] = "overlap"

@@ -138,8 +138,8 @@ class BoundaryObjective(nn.Module):
         member = (before >= 0) & (after >= 0) & batch.moment_mask[:, None]
         positive = member.any(-1) & output.mask
         # The shortest of the moments a frame lies in.
-        length = (before + after).masked_fill(~member, torch.inf).argmin(-1, keepdim=True)
-        target = torch.cat([before.gather(2, length), after.gather(2, length)], dim=-1)
+        shortest = (before + after).masked_fill(~member, torch.inf).argmin(-1, keepdim=True)
+        target = torch.cat([before.gather(2, shortest), after.gather(2, shortest)], dim=-1)
         queries = reduce_sum(torch.tensor(float(len(output.mask)), device=index.device))
         count = reduce_sum(positive.sum().float()).clamp(min=1)
         frames = F.binary_cross_entropy_with_logits(

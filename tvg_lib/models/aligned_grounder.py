@@ -19,8 +19,8 @@ class RankedMoments(Protocol):
     """What a detector returns: something that ranks moments and scores frames."""
 
     @property
-    def saliency(self) -> Tensor:
-        """(Q, T) scores of the frames as highlights."""
+    def relevance(self) -> Tensor:
+        """(Q, T) scores of the frames, also as highlights."""
 
     def ranked(self, keep: int) -> tuple[Tensor, Tensor]:
         """Moments (Q, K, 2) in grid-index units and scores (Q, K), best first; -inf for none."""
@@ -61,7 +61,7 @@ def ground_aligned(
         model: its output ranks moments (`RankedMoments`); left in the mode it came in.
         dataset: what is asked.
         config: `pre_top_k` candidates are taken, suppressed (or not: `suppression=None` is the
-            paper's top-k) and cut to `keep`. Thresholds on scores mean shares of a map here.
+            paper's top-k) and cut to `keep`. Thresholds are on the detector's own scores.
         videos_per_batch, queries_per_batch: bounds on memory.
     """
     device = next(model.parameters()).device
@@ -73,7 +73,7 @@ def ground_aligned(
             batch = batch.to(device)
             output = model(batch)
             moments, scores = decode(*output.ranked(config.pre_top_k), config)
-            answers = to_predictions(moments, scores, batch, dataset, saliency=output.saliency)
+            answers = to_predictions(moments, scores, batch, dataset, saliency=output.relevance)
             predictions |= {answer.query_id: answer for answer in answers}
     finally:
         model.train(training)

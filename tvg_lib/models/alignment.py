@@ -8,7 +8,8 @@ at the size of our data, not reproductions of the models that made the idea know
     SimilarityAlignment       none: the frames as they are, with their similarity to the query
     CrossAttentionAlignment   frames attend to the words (as in UniVTG and Moment-DETR's successors)
     QueryDependentAlignment   the same with dummy words that absorb what does not match, and a
-                              sentence token that reads the video (the ideas of CG-DETR and QD-DETR)
+                              token that reads the whole video and gates its channels (the ideas of
+                              CG-DETR and QD-DETR)
 """
 
 from dataclasses import dataclass
@@ -224,11 +225,10 @@ class CrossAttentionAlignment(nn.Module):
 
 
 class QueryDependentAlignment(CrossAttentionAlignment):
-    """Cross-attention where a frame may turn away from the query, and the query sees the video.
+    """Cross-attention where a frame may turn away from the query, and sees the whole video.
 
     Dummy words stand beside the real ones and absorb the attention of frames that match nothing;
-    a learnt token reads the frames and scores each of them, so that relevance is a comparison with
-    the whole video.
+    a learnt token reads all mixed frames of the video and gates the channels of each.
 
     Args: as of `CrossAttentionAlignment`, and
         dummies: number of dummy words.

@@ -101,11 +101,6 @@ class MomentSet:
     relevance: Tensor
 
     @property
-    def saliency(self) -> Tensor:
-        """(Q, T) scores of the frames as highlights."""
-        return self.relevance
-
-    @property
     def moments(self) -> Tensor:
         """(Q, N, 2) start and end in grid-index units, inside the video."""
         centre, width = self.spans.float().unbind(-1)
@@ -212,11 +207,6 @@ class FrameBoundaries:
     offsets: Tensor
     mask: Tensor
     relevance: Tensor
-
-    @property
-    def saliency(self) -> Tensor:
-        """(Q, T) scores of the frames as highlights."""
-        return self.relevance
 
     @property
     def moments(self) -> Tensor:

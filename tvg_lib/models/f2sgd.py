@@ -87,11 +87,6 @@ class CellScores:
     relevance: Tensor
     banded: bool = False
 
-    @property
-    def saliency(self) -> Tensor:
-        """(Q, T) scores of the frames as highlights."""
-        return self.relevance
-
     def ranked(self, keep: int) -> tuple[Tensor, Tensor]:
         """The `keep` best moments, equation 15.
 
@@ -102,7 +97,7 @@ class CellScores:
         columns = self.logits.shape[-1]
         flat = self.logits.float().masked_fill(~self.mask, -torch.inf).flatten(1)
         top, index = flat.topk(min(keep, flat.shape[1]), dim=1)
-        # Shares of a softmax over all moments: no two logits become one score, as in a sigmoid.
+        # Shares of a softmax over all moments: high logits stay apart, as in a sigmoid they do not.
         scores = (top - flat.logsumexp(1, keepdim=True)).exp()
         scores = scores.masked_fill(top == -torch.inf, -torch.inf)
         first, last = index // columns, index % columns
@@ -119,9 +114,9 @@ class F2SGDConfig:
         kernel: C of both convolutions, odd.
         channels: of the convolutions.
         hidden: width of the MLP.
-        evidence: read the frames' relevance beside S^a (see the module's docstring), and S^a with
-            mean 0 and variance 1 over the map: features of captions are all alike, and what tells
-            them apart would be small beside the relevance.
+        evidence: read the frames' relevance beside S^a (see the module's docstring).
+        standardised: read S^a with mean 0 and variance 1 over the map, not as printed: features of
+            captions are all alike, and what tells them apart would be small.
         zero_start: the MLP's last layer starts at zero, not at Xavier's random weights as printed.
             To equation 14 a random map of thousands of cells is all error; training first unlearns
             it, and the ReLUs may not survive that (notebook 42 has the numbers).
@@ -133,6 +128,7 @@ class F2SGDConfig:
     channels: int = 16
     hidden: int = 32
     evidence: bool = True
+    standardised: bool = True
     zero_start: bool = True
     band: int | None = 256
 
@@ -217,7 +213,7 @@ class F2SGD(nn.Module):
 
     def _contrast(self, alignment: Alignment) -> tuple[Tensor, Tensor] | None:
         """Mean and deviation of the whole of S^a, where the detector scales it by them."""
-        if not self.config.evidence:
+        if not self.config.standardised:
             return None
         return map_contrast(_unit(alignment.features, alignment.mask), alignment.mask)
 
@@ -231,10 +227,11 @@ class F2SGD(nn.Module):
         """Logits and validity (Q, N, M) of the cells of some consecutive rows and columns."""
         similar = similarity_map(alignment.features, alignment.mask, rows, columns)
         valid = alignment.mask[:, rows, None] & alignment.mask[:, None, columns]
-        planes = [similar]
         if contrast is not None:
             mean, deviation = contrast
-            planes = [(similar - mean) / deviation]
+            similar = (similar - mean) / deviation
+        planes = [similar]
+        if self.config.evidence:
             total = self._evidence(alignment, rows, columns)
             length = (columns - rows[:, None]).abs() + 1.0
             # Sums grow with the length: their mean, and the length itself, on scales near 1.
@@ -244,10 +241,10 @@ class F2SGD(nn.Module):
         h = x
         for convolution in self.convolutions:
             h = F.relu(convolution(h, square))
-        if contrast is not None:
+        if self.config.evidence:
             h = torch.cat([h, x], dim=1)
         logits = self._per_cell(h)
-        if contrast is not None:
+        if self.config.evidence:
             logits = logits + self.gain * total
         return logits, valid
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tvg_lib.nn.gradients import first_order
 
-DIRECT_UP_TO = 5  # kernels up to this size are faster by direct convolution (benchmarks)
+DIRECT_UP_TO = 5  # small kernels cost less directly than their transforms
 
 
 def fast_length(least: int) -> int:
