@@ -187,6 +187,27 @@ def test_removed_videos_are_gone_and_their_files_too(index, retriever, library):
     assert len(index) == 20
 
 
+def test_an_emptied_index_forgets_the_directions_of_what_it_held(index, library):
+    basis = json.loads((index.folder / "index.json").read_text())["basis"]
+    index.remove(["v0"])
+    assert json.loads((index.folder / "index.json").read_text())["fitted"] <= 19
+    index.remove([video_id for video_id in library.videos if video_id in index])
+    empty = json.loads((index.folder / "index.json").read_text())
+    assert (empty["basis"], empty["fitted"], empty["shards"]) == (None, 0, [])
+    assert not list(index.folder.glob("basis-*"))
+    index.add_dataset(library)
+    assert json.loads((index.folder / "index.json").read_text())["basis"] not in (None, basis)
+
+
+def test_a_finder_may_answer_in_any_order_but_must_answer(index):
+    rule = ZeroShotWindow().predict
+    plain = index.search("question 7", top=5, finder=rule)
+    turned = index.search("question 7", top=5, finder=lambda asked: rule(asked)[::-1])
+    assert turned.answers == plain.answers
+    with pytest.raises(DataError, match="no prediction for video"):
+        index.search("question 7", top=5, finder=lambda asked: rule(asked)[1:])
+
+
 def ranking_before(retriever, library, number):
     scores = score_matrix(retriever.model, library, VIEW)[number]
     return [f"v{n}" for n in np.argsort(-scores, kind="stable")]

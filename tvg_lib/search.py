@@ -144,7 +144,7 @@ class SearchResult:
         score: of the answer: that of the video, lowered by the share that `moment_score` lacks of
             the best one that the grounder gave in this video.
         video_score: of the video, by the retriever.
-        moment_score: of the moment, by the grounder; None where no moment was asked for.
+        moment_score: of the moment, by the grounder.
     """
 
     video: Video
@@ -152,7 +152,7 @@ class SearchResult:
     end: float
     score: float
     video_score: float
-    moment_score: float | None = None
+    moment_score: float
 
     def __repr__(self) -> str:
         when = inline.span(self.start, self.end, self.video.duration)
@@ -451,16 +451,19 @@ class VideoIndex:
         if unknown:
             raise DataError(f"{self.folder} has no video {unknown[0]!r}")
         with self._locked():
-            basis, kept = self._manifest["basis"], []
+            basis, kept, count = self._manifest["basis"], [], 0
             for shard in self._shards:
                 keep = [row for row, e in enumerate(shard.entries) if e["id"] not in gone]
+                count += len(keep)
                 if len(keep) == len(shard):
                     kept.append(shard.name)
                 elif keep:
                     copy = self._save_shard(*shard.only(keep))
                     self._save_sketch(copy, basis, self._basis)
                     kept.append(copy.name)
-            self._replace(shards=kept)
+            # What was fitted to more videos than are left is fitted anew after less growth.
+            fitted = min(self._manifest["fitted"], count)
+            self._replace(shards=kept, fitted=fitted, basis=basis if kept else None)
             self._load()
         return self
 
@@ -624,15 +627,16 @@ class VideoIndex:
         Args:
             text: the question.
             top: answers; of as many videos where `moments` is 1.
-            finder: what finds the moment in a video: takes a data set with one query a video and
-                gives predictions, as `ZeroShotWindow().predict` (the default, where clips and
-                sentences share a space) or `partial(ground, model)` of any point grounder.
+            finder: what finds the moment in a video: takes a data set with one query a video, named
+                by the video, and gives a prediction of each, as `ZeroShotWindow().predict` (the
+                default, where clips and sentences share a space) or `partial(ground, model)` of any
+                point grounder.
             moments: answers that one video may give.
             shortlist, rerank: as in `retrieve`.
             captions: text of clips by video id, to be shown with the answers.
 
         Raises:
-            DataError: the index is empty, or the text is.
+            DataError: the index is empty, or the text is, or a video got no prediction.
         """
         if not text.strip():
             raise DataError("a question has words, found an empty text")
@@ -640,11 +644,13 @@ class VideoIndex:
         queries, words, sentence = self.retriever.encode_question(text)
         scores, order = self.retrieve(queries, max(shortlist, top), rerank)
         chosen = [self._videos[i] for i in order[:top].tolist()]
-        found = finder(self._asked(text, chosen, words, sentence))
+        found = {p.query_id: p for p in finder(self._asked(text, chosen, words, sentence))}
+        if unanswered := [video.id for video in chosen if video.id not in found]:
+            raise DataError(f"the finder gave no prediction for video {unanswered[0]!r}")
         answers = [
             answer
-            for video, score, prediction in zip(chosen, scores.tolist(), found, strict=False)
-            for answer in _answers(video, score, prediction, moments)
+            for video, score in zip(chosen, scores[:top].tolist(), strict=True)
+            for answer in _answers(video, score, found[video.id], moments)
         ]
         answers.sort(key=lambda answer: -answer.score)
         return SearchResults(text, tuple(answers[:top]), dict(captions or {}))

@@ -7,6 +7,7 @@ import numpy as np
 from tvg_lib.data.dataset import GroundingDataset
 from tvg_lib.errors import DataError
 from tvg_lib.retrieval.data import unit_rows
+from tvg_lib.retrieval.evaluation import report_of_scores
 
 WIDTHS = (1, 3, 5, 7, 9, 11)
 
@@ -54,8 +55,6 @@ def _windowed(clips: np.ndarray, width: int) -> np.ndarray:
 
 def fitted_width(dataset: GroundingDataset, widths: Sequence[int] = WIDTHS) -> int:
     """The width of `best_clip_scores` with the highest SumR on a data set."""
-    from tvg_lib.retrieval.evaluation import report_of_scores
-
     values = {
         width: report_of_scores(best_clip_scores(dataset, width), dataset).values["SumR"]
         for width in widths
