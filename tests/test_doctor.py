@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from tvg_lib.data import doctor
+from tvg_lib.data import doctor, qvhighlights
 from tvg_lib.data.doctor import DATASETS, Report, examine
 from tvg_lib.errors import DataError
 
@@ -230,6 +230,11 @@ def test_qvhighlights_features_are_chosen_by_their_published_names(tmp_path):
     report = examine(tmp_path)
     assert report["QVHighlights, SlowFast"].ready, str(report["QVHighlights, SlowFast"])
     assert not report["QVH-captions"].ready
+    loaded = qvhighlights.load("val", root)  # what the doctor calls ready can be read
+    assert (loaded.name, len(loaded.queries)) == ("qvhighlights-clip/val", 1)
+    assert loaded.clips("v2").shape == (75, 512)
+    assert loaded.text_features["2"].shape == (9, 512)
+    assert loaded.sentence_features["2"].shape == (1, 512)
 
 
 @pytest.fixture

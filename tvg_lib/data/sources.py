@@ -5,7 +5,8 @@ cpu, full, gpu  QVH-captions where this machine has it (`TVG_DATA` or the downlo
                 planted features where it has not
 
 A notebook that wants one data set whatever the machine has asks for it by name; see `NAMES`.
-ShapeStories is generated, in a size that the scale decides, and needs nothing but this package.
+ShapeStories is generated, in a size that the scale decides, and needs nothing but this package;
+"qvhighlights-clip" needs features that the user places (`tvg_lib.data.qvhighlights`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from tvg_lib.augmentation import joined, with_caption_queries, with_paraphrases
-from tvg_lib.data import planted, qvh_captions
+from tvg_lib.data import planted, qvh_captions, qvhighlights
 from tvg_lib.data.dataset import GroundingDataset, Query
 from tvg_lib.data.features import ArrayStore
 from tvg_lib.encoders.sentence import MiniLM, SentenceEncoder
@@ -29,7 +30,7 @@ SPLIT_SEED = 0
 SHAPESTORIES: dict[str, shapestories.Length] = {
     f"shapestories-{length}": length for length in shapestories.LENGTHS
 }
-NAMES = ("qvh-captions", *SHAPESTORIES, "planted")
+NAMES = ("qvh-captions", "qvhighlights-clip", *SHAPESTORIES, "planted")
 
 
 def has_real_data(scale: str) -> bool:
@@ -42,7 +43,8 @@ def benchmark(scale: str, name: str | None = None) -> dict[str, GroundingDataset
 
     Of QVH-captions the published val split is divided, by recording, into train and val; the first
     call on a machine embeds all captions, which takes some minutes. So does the first call for a
-    length of ShapeStories, but at the smoke scale.
+    length of ShapeStories, but at the smoke scale. Of QVHighlights the training split is divided in
+    the same way, and the published val split is the test, as in the tables of its val.
 
     Args:
         scale: smoke, cpu, full or gpu.
@@ -51,9 +53,12 @@ def benchmark(scale: str, name: str | None = None) -> dict[str, GroundingDataset
 
     Raises:
         ConfigurationError: there is no such data set.
-        DataError: QVH-captions is asked for by name and not on this machine.
+        DataError: real data are asked for by name and not on this machine.
     """
     name = _named(scale, name)
+    if name == "qvhighlights-clip":
+        train, val = qvhighlights.load("train").split(HELD_OUT, SPLIT_SEED)
+        return {"train": train, "val": val, "test": qvhighlights.load("val")}
     if name == "planted":
         return {split: planted.planted(split) for split in planted.SPLITS}
     if name in SHAPESTORIES:
@@ -134,7 +139,7 @@ def glimpse(scale: str, videos: int = 12) -> GroundingDataset:
 def captions(
     scale: str, split: planted.Split = "test", name: str | None = None
 ) -> Mapping[str, Sequence[str]]:
-    """What happens in every clip of every video of a split, in words, by video id.
+    """What happens in every clip of every video of a split, by video id; {} where nobody says.
 
     Args:
         scale, name: of the data, as in `benchmark`.
@@ -148,7 +153,7 @@ def captions(
         return shapestories.captions(*_films(scale, name, split))
     if name == "qvh-captions":
         return qvh_captions.captions("test" if split == "test" else "val")
-    return planted.captions(split)
+    return planted.captions(split) if name == "planted" else {}
 
 
 def text_encoder(scale: str) -> SentenceEncoder:
