@@ -107,7 +107,10 @@ def _levels(
     moment = batch.moments[query, number] / pyramid.clips_per_step  # (N, 2)
     valid = torch.cat(pyramid.masks, dim=1)[row]
     alone = torch.ones(len(moment), 1, dtype=torch.bool, device=moment.device)
-    targets, _ = target_sets(pyramid.lengths, moment[:, None], alone, valid, center_radius, False)
+    # The printed rule, so that a short moment has targets on high levels, too.
+    targets, _ = target_sets(
+        pyramid.lengths, moment[:, None], alone, valid, center_radius, inside=False
+    )
     found = {}
     for level, (x, chosen) in enumerate(
         zip(pyramid.levels, targets.split(pyramid.lengths, 1), strict=True)

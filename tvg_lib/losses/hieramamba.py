@@ -151,9 +151,6 @@ class HieraMambaObjective(nn.Module):
         points = self.grid.points(output.lengths, device=output.logits.device)
         moments = batch.moments / pyramid.clips_per_step
         real = batch.moment_mask[..., None]
-        positive = self.grid.near_center(points, moments) & real
-        if not settings.every_level:
-            positive &= self.grid.in_range(points, moments)
         place = points[:, 0]
         inside = (place >= moments[..., 0, None]) & (place <= moments[..., 1, None]) & real
         positive = (

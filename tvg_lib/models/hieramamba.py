@@ -300,8 +300,8 @@ class HieraMambaConfig(SnagConfig):
         windowed_levels: local attention has its window in so many levels and is full above.
         local_levels: the local encoder is left out from this level on; None keeps it everywhere.
         stem_window: of attention in the stem; 0 is full attention.
-        block_dropout: dropout and rate of stochastic depth inside the blocks. The released code has
-            no setting for it.
+        block_dropout: dropout and rate of stochastic depth of the blocks' own branches (their local
+            attention has none). The released code has no setting for it.
         early_fusion: fuse clips and words in front of the video encoder, too, by the same layers.
             The video is then encoded once per query.
         leak_padding: see `AnchorMambaPooling`.

@@ -15,7 +15,7 @@ The base of MSCL and the yardstick of HieraMamba. Its equations are restated in 
 The released code differs from the printed equations in two ways, both followed here: the first
 block of the pyramid keeps the full length (so level l halves it l times, counting from 0), and the
 fusion scales and shifts the video features by what cross-attention finds in the words, where
-equation 6 as printed mixes video features by their own attention weights.
+equation 6 as printed weighs video features (`tvg_lib.nn.printed_fusion` has its readings).
 """
 
 from dataclasses import dataclass, replace
