@@ -5,9 +5,9 @@
     load(replace(LONG, name="epic", duration=(7200, 10800)), "test", films=2)      or of any length
 
 A clip is a window of two seconds, one a second. Every film is made once: its script, its questions
-and all features go into one file of the cache, whose name is a hash of everything that decides
-them, so a change of the world, the pictures or the weights never meets old features. Films are made
-side by side in processes.
+and all features go into one file of the cache, whose name is a hash of the world, the pictures and
+the weights, so that a change of them never meets old features (how clips are cut and encoded is in
+it as the versions of two formats). Films are made side by side in processes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -112,7 +112,7 @@ def load(
         seed: of the world.
         look: of the pictures.
         encoder: of pictures and words; the shipped one by default.
-        workers: processes that make films; by default one a core.
+        workers: processes that make films; by default as many as PyTorch has threads.
 
     Raises:
         ConfigurationError: there is no such split, or no film is asked for.

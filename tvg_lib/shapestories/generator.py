@@ -8,9 +8,10 @@
 All lengths are drawn log-uniformly. The cast shares few colours and shapes, so that every event has
 neighbours that share its actor or its verb.
 
-A film depends on the seed, the split, the length's name and the film's number alone. The generator
-is `random.Random`, whose streams are the same in every version of Python, and all times are
-rounded to tenths of a second: the same seed gives the same bytes of script on every machine.
+A film depends on the seed, the split, the configuration of its length (its ids say the name only)
+and the film's number. The generator is `random.Random`, whose streams are the same in every version
+of Python, and all times are rounded to tenths of a second: the same seed gives the same bytes of
+script on every machine.
 """
 
 from collections.abc import Sequence

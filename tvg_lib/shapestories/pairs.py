@@ -25,7 +25,7 @@ from tvg_lib.shapestories.language import (
     say,
 )
 from tvg_lib.shapestories.questions import name_of
-from tvg_lib.shapestories.render import RenderConfig, render
+from tvg_lib.shapestories.render import SIZE, RenderConfig, render
 from tvg_lib.shapestories.world import Event, Scene, Script, Stay
 
 _KINDS = {"action": 0.64, "activity": 0.14, "presence": 0.08, "setting": 0.06, "both": 0.08}
@@ -132,11 +132,11 @@ class PairSource:
     def __call__(
         self, rng: np.random.Generator, count: int
     ) -> tuple[np.ndarray, list[str], np.ndarray]:
-        """(count, F, 64, 64, 3) uint8 windows, sentences of each, and which is true of which."""
+        """(count, F, SIZE, SIZE, 3) uint8 windows, sentences, and which is true of which."""
         draw = Random(int(rng.integers(2**62)))
         views: list[View] = []
         meanings: list[Meaning] = []
-        windows = np.empty((count, self.frames, 64, 64, 3), np.uint8)
+        windows = np.empty((count, self.frames, SIZE, SIZE, 3), np.uint8)
         offsets = (np.arange(self.frames) + 0.5) / self.frames * self.window
         while len(views) < count:
             script = _film(self.split, draw.randrange(self.films), self.seed)
@@ -146,7 +146,7 @@ class PairSource:
             ]
             frames = render(script, np.add.outer(starts, offsets).ravel(), self.look)
             at = len(views)
-            windows[at : at + len(starts)] = frames.reshape(len(starts), self.frames, 64, 64, 3)
+            windows[at : at + len(starts)] = frames.reshape(len(starts), self.frames, SIZE, SIZE, 3)
             for start in starts:
                 views.append(View.of(script, start, start + self.window))
                 meanings += [_describe(views[-1], draw) for _ in range(self.sentences)]
