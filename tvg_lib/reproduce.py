@@ -22,6 +22,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -51,6 +52,9 @@ from tvg_lib.results import load_records, records_folder, save
 SCALES = ("smoke", "cpu", "full", "gpu")
 REPORTS = range(90, 93)
 PUBLISH = "PUBLISH"
+OF_TRAINED_MODELS = (
+    "mscl_figure1_*.png"  # figures that the report notebooks cannot make from records
+)
 # Kernels run beside this process; their warning about unencrypted local traffic is no news.
 KERNEL: dict[str, Any] = {"kernel_name": "python3", "extra_arguments": ["--log-level=ERROR"]}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -488,7 +492,10 @@ def _grounders_fingerprint() -> str:
 
 
 def publish(scale: str) -> list[Task]:
-    """Copy the fresh records of a scale to the committed ones; returns the report notebooks to run.
+    """Copy the fresh records of a scale to the committed ones, and figures that need models.
+
+    Returns:
+        The report notebooks, which make all other figures and the tables, to be run.
 
     Raises:
         ConfigurationError: if the scale is one whose records are not committed.
@@ -498,6 +505,10 @@ def publish(scale: str) -> list[Task]:
         raise ConfigurationError("records of the smoke scale are never committed")
     for record in load_records(records_folder(scale, fresh=True)):
         print(f"published {save(record, records_folder(scale)).name}")
+    for figure in sorted((paths.runs(scale) / "figures").glob(OF_TRAINED_MODELS)):
+        with paths.replacing(paths.figures() / figure.name) as temporary:
+            shutil.copyfile(figure, temporary)
+        print(f"published {figure.name}")
     return [
         task
         for source in numbered(paths.notebooks())
