@@ -323,11 +323,11 @@ def make_table(committed: list[RunRecord], fresh: list[RunRecord]) -> object:
 
 def test_without_records_a_row_of_ours_says_not_run_and_others_stay_empty() -> None:
     table = make_table([], [])
-    assert repr(table).splitlines()[1].split() == [
+    assert str(table).splitlines()[1].split() == [
         *("R1@0.3", "R1@0.5", "R5@0.3", "R5@0.5"),
         *("ours", "this", "machine", "source"),
     ]
-    assert repr(table).count("not run") == 2
+    assert str(table).count("not run") == 2
     assert table.provenance == ()
 
 
@@ -341,7 +341,7 @@ def test_records_fill_their_own_columns() -> None:
         "41.00 ± 1.00",
         "39.50",
     )
-    text = repr(table)
+    text = str(table)
     assert "41.00 ± 1.00" in text
     assert "ours: qvh-captions/test, scale full, seeds 0, 1, 2, commit 0123456" in text
     assert "this machine: qvh-captions/test, scale cpu, seed 0," in text
@@ -401,11 +401,11 @@ def test_conditions_become_part_of_the_label() -> None:
 def test_a_table_of_our_own_runs_shows_its_metrics_even_when_nothing_ran() -> None:
     runs = {"SnAG": Run("snag", "qvh-captions/test"), "prior": Run("prior", "qvh-captions/test")}
     empty = of_runs("QVH-captions", runs, ["R1@0.5", "mAP"], committed=[], fresh=[])
-    assert repr(empty).count("not run") == 6
-    assert "R1@0.5" in repr(empty)
+    assert str(empty).count("not run") == 6
+    assert "R1@0.5" in str(empty)
     filled = of_runs("QVH-captions", runs, ["R1@0.5"], committed=[record()], fresh=[])
-    assert "source" not in repr(filled)
-    assert [line.split()[1:2] for line in repr(filled).splitlines()[3:5]] == [["50.00"], ["not"]]
+    assert "source" not in str(filled)
+    assert [line.split()[1:2] for line in str(filled).splitlines()[3:5]] == [["50.00"], ["not"]]
 
 
 def test_text_is_escaped_in_html() -> None:
@@ -422,8 +422,8 @@ def test_intervals_stand_in_place_of_the_deviation_over_seeds(tmp_path: Path) ->
         record(seed, method="mscl-minus-snag", variant="mean-of-2") for seed in (0, 1)
     ]  # 50 and 51, both [48, 53]
     table = of_runs("t", runs, ["R1@0.5"], committed=committed, fresh=[], intervals=True)
-    assert "50.50 [48.00, 53.00]" in repr(table)
-    assert "±" not in repr(table)
+    assert "50.50 [48.00, 53.00]" in str(table)
+    assert "±" not in str(table)
     table.save(tmp_path, "t")
     (line,) = csv.DictReader((tmp_path / "t.csv").read_text().splitlines())
     assert (line["ours_mean"], line["ours_low"], line["ours_high"]) == (

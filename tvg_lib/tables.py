@@ -220,6 +220,10 @@ class ResultTable:
         ]
 
     def __repr__(self) -> str:
+        # Notebooks keep it beside the HTML: the whole text would double their size.
+        return f"{self.title}: {len(self._body())} rows"
+
+    def __str__(self) -> str:
         tops, views = (list(part) for part in zip(*self._header(), strict=True))
         heads = [tops, views] if any(views) else [tops]
         body = self._body()
