@@ -230,11 +230,18 @@ def test_qvhighlights_features_are_chosen_by_their_published_names(tmp_path):
     report = examine(tmp_path)
     assert report["QVHighlights, SlowFast"].ready, str(report["QVHighlights, SlowFast"])
     assert not report["QVH-captions"].ready
-    loaded = qvhighlights.load("val", root)  # what the doctor calls ready can be read
+    loaded = qvhighlights.load("val", tmp_path)  # what the doctor calls ready can be read
     assert (loaded.name, len(loaded.queries)) == ("qvhighlights-clip/val", 1)
     assert loaded.clips("v2").shape == (75, 512)
     assert loaded.text_features["2"].shape == (9, 512)
     assert loaded.sentence_features["2"].shape == (1, 512)
+    (root / "features").mkdir()
+    (root / "clip_features").rename(root / "features/clip_features")
+    assert examine(tmp_path)["QVHighlights, SlowFast"].ready
+    assert qvhighlights.load("val", tmp_path).clips("v2").shape == (75, 512)
+    (root / "features").rename(root / "elsewhere")
+    with pytest.raises(DataError, match="expected qvhighlights/clip_features or"):
+        qvhighlights.load("val", tmp_path)
 
 
 @pytest.fixture

@@ -52,9 +52,8 @@ from tvg_lib.results import load_records, records_folder, save
 SCALES = ("smoke", "cpu", "full", "gpu")
 REPORTS = range(90, 93)
 PUBLISH = "PUBLISH"
-OF_TRAINED_MODELS = (
-    "mscl_figure1_*.png"  # figures that the report notebooks cannot make from records
-)
+# Figures that need a trained model: the report notebooks cannot make them from records.
+OF_TRAINED_MODELS = "mscl_figure1_*.png"
 # Kernels run beside this process; their warning about unencrypted local traffic is no news.
 KERNEL: dict[str, Any] = {"kernel_name": "python3", "extra_arguments": ["--log-level=ERROR"]}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")

@@ -26,6 +26,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from tvg_lib import paths
+from tvg_lib.data import qvhighlights
 from tvg_lib.data.features import FeatureStore, FolderStore, HDF5Store
 from tvg_lib.data.readers import (
     Annotations,
@@ -595,14 +596,11 @@ DATASETS: tuple[DatasetSpec, ...] = (
             *(
                 AnnotationPart(
                     f"{split} annotations",
-                    (
-                        f"qvhighlights/highlight_{split}_release.jsonl",
-                        f"qvhighlights/{split}.jsonl",
-                    ),
+                    qvhighlights.ANNOTATIONS[split],
                     "QVHighlights jsonl",
                     read_qvhighlights,
                 )
-                for split in ("train", "val")
+                for split in qvhighlights.SPLITS
             ),
             ClipPart(
                 "SlowFast clips",
@@ -613,15 +611,15 @@ DATASETS: tuple[DatasetSpec, ...] = (
             ),
             ClipPart(
                 "CLIP clips",
-                ("qvhighlights/clip_features", "qvhighlights/features/clip_features"),
-                512,
+                qvhighlights.CLIPS,
+                qvhighlights.DIM,
                 Clips(2, 2, 1),
                 array="features",
             ),
             WordPart(
                 "CLIP words",
-                ("qvhighlights/clip_text_features", "qvhighlights/features/clip_text_features"),
-                512,
+                qvhighlights.WORDS,
+                qvhighlights.DIM,
                 prefix="qid",
                 array="last_hidden_state",
             ),

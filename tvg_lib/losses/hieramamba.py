@@ -124,7 +124,10 @@ class HieraMambaObjective(nn.Module):
         pyramid, settings = output.pyramid, self.anchor
         if not isinstance(pyramid, AnchorPyramid):
             raise ValueError("anchor contrast needs a model whose pyramid has anchors")
-        video = _video_of_rows(output, batch)
+        other_videos = None
+        if settings.across_videos:
+            video = _video_of_rows(output, batch)
+            other_videos = video[:, None] != video
         levels = zip(
             pyramid.levels, pyramid.masks, pyramid.anchors, pyramid.anchor_masks, strict=True
         )
@@ -138,7 +141,7 @@ class HieraMambaObjective(nn.Module):
                 settings.negative_ratio,
                 settings.temperature,
                 hard_negatives=settings.hard_negatives,
-                other_videos=(video[:, None] != video) if settings.across_videos else None,
+                other_videos=other_videos,
             )
             for tokens, mask, anchors, anchor_mask in levels
         )
@@ -160,7 +163,8 @@ class HieraMambaObjective(nn.Module):
             positive = positive & self.grid.in_range(points, moments)
         positive = positive.any(1) & output.mask
         negative = output.mask & ~positive & ~inside.any(1)
-        other_video = _video_of_rows(output, batch) != batch.query_video[:, None]  # (Q, rows)
+        if settings.across_videos:
+            other_video = _video_of_rows(output, batch) != batch.query_video[:, None]  # (Q, rows)
         levels = zip(
             pyramid.levels,
             pyramid.masks,

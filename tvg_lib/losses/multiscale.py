@@ -201,13 +201,16 @@ def sampled_pools(levels: Sequence[Tensor], draw: Draw, *, anchors_among_them: b
         positive, positive_mask, _ = gather_steps(x, draw.row, targets)
         negative, negative_mask, _ = gather_steps(x, draw.row, negatives)
         count, more = positive_mask.shape[1], negative_mask.shape[1]
-        itself = F.pad(torch.eye(count, dtype=torch.bool, device=x.device), (0, more))
+        itself = None
+        if anchors_among_them:
+            itself = F.pad(torch.eye(count, dtype=torch.bool, device=x.device), (0, more))
+            itself = itself.expand(len(positive), -1, -1)
         pools.append(
             Pool(
                 torch.cat([positive, negative], dim=1),
                 F.pad(positive_mask, (0, more)),
                 F.pad(negative_mask, (count, 0)),
-                itself.expand(len(positive), -1, -1) if anchors_among_them else None,
+                itself,
             )
         )
     return pools
