@@ -5,9 +5,12 @@ import pytest
 import torch
 from grounding_data import make_dataset, small_snag
 
+from tvg_lib import paths
+from tvg_lib.comparisons import compare
 from tvg_lib.errors import DataError
 from tvg_lib.nn.pyramid import Pyramid
-from tvg_lib.probes import MomentReadings, probe_levels, read_moments
+from tvg_lib.probes import MomentReadings, by_length, evaluate_probe, probe_levels, read_moments
+from tvg_lib.results import fresh_records
 
 
 def readings(features, content, names=("level 0",), first=0):
@@ -57,6 +60,25 @@ def test_equals_least_squares_written_out():
     total = held_content - content.mean(0)
     expected = 100 * (1 - (error**2).sum() / (total**2).sum())
     assert report.values["level 0"] == pytest.approx(expected, abs=0.2)
+
+
+def test_by_length_is_the_mean_of_the_moments_of_a_length():
+    content, features = linear_world((0.5, 2), count=6)
+    names = ("level 0", "level 1")
+    report = probe_levels(
+        readings(features, content, names), readings(features, content, names, first=1000)
+    )
+    found = by_length(report, np.array([5.0, 10.0, 10.1, 19, 41, 400]), (0.0, 10.0, 20.0, 40.0))
+    for name in names:
+        shares = report.contributions[name]
+        assert found.values[name] == pytest.approx(shares.mean())
+        assert found.values[f"{name}, 0-10 s"] == pytest.approx(shares[:2].mean())
+        assert found.values[f"{name}, 10-20 s"] == pytest.approx(shares[2:4].mean())
+        assert found.values[f"{name}, over 40 s"] == pytest.approx(shares[4:].mean())
+        assert f"{name}, 20-40 s" not in found.values  # no such moment
+        interval = found.estimates()[f"{name}, over 40 s"]
+        assert interval.n == 2
+    assert found.groups == report.groups
 
 
 class ClipsAsTheyAre(torch.nn.Module):
@@ -115,3 +137,37 @@ def test_a_real_model_and_its_errors():
         probe_levels(held, train)
     with pytest.raises(DataError, match="at least one part"):
         read_moments(model, dataset, parts=0)
+
+
+def test_a_probe_is_recorded_and_two_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "root", lambda: tmp_path)
+    dataset = make_dataset(
+        {f"v{n}": 24 for n in range(12)},
+        [(f"v{n}", [[float(n % 5), 6.0 + n]]) for n in range(12)],
+    )
+    train = dataset.subset([f"v{n}" for n in range(8)], "train")
+    held = dataset.subset([f"v{n}" for n in range(8, 12)], "held")
+    first, second = (
+        evaluate_probe(
+            small_snag().float(),
+            train,
+            held,
+            parts=2,
+            edges=(0.0, 10.0),
+            scale="cpu",
+            method=method,
+            variant="probe",
+            seed=3,
+            parameters={"channels": 8},
+            modules=["tvg_lib.models.snag"],
+        )
+        for method in ("snag", "mscl")
+    )
+    assert first.record.metrics["level 2, over 10 s"].value == pytest.approx(
+        first.report.values["level 2, over 10 s"]
+    )
+    *_, difference = compare([second], [first], modules=["tvg_lib.models.snag"]).values()
+    assert set(difference) == set(first.report.values)
+    recorded = {(r.method, r.variant, r.seed) for r in fresh_records("cpu")}
+    assert ("snag", "probe", 3) in recorded
+    assert ("mscl-probe-minus-snag-probe", "main", 3) in recorded

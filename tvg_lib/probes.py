@@ -8,8 +8,12 @@ ridge regression from the second to the first, fitted on training videos, is sco
 videos: the share of the content's variance that it explains.
 """
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +24,7 @@ from tvg_lib.errors import DataError
 from tvg_lib.losses.multiscale import gather_steps, target_sets
 from tvg_lib.metrics.report import MetricReport
 from tvg_lib.models.point_grounder import PointGrounder
+from tvg_lib.results import RunRecord, new_record, records_folder, save
 
 PENALTIES = tuple(10.0**k for k in range(-4, 3))  # of the ridge, per training moment
 
@@ -203,3 +208,79 @@ def _explained(predicted: np.ndarray, content: np.ndarray, mean: np.ndarray) -> 
     """(N,) 1 - squared error over the mean squared distance to `mean`; its mean is R^2."""
     error = ((predicted - content) ** 2).sum(1)
     return 1 - error / ((content - mean) ** 2).sum(1).mean()
+
+
+def by_length(report: MetricReport, seconds: np.ndarray, edges: Sequence[float]) -> MetricReport:
+    """The report, and every level again for moments of some lengths alone.
+
+    Args:
+        report: of `probe_levels`.
+        seconds: (N,) length of its moments, as in `MomentReadings`.
+        edges: seconds of the bins (low, high]; the last bin is open.
+
+    Returns:
+        With metrics such as "level 3, 20-40 s" and "level 3, over 40 s"; contributions of other
+        moments are NaN. Bins without moments are left out.
+    """
+    contributions = dict(report.contributions)
+    for low, high in pairwise([*edges, np.inf]):
+        members = (seconds > low) & (seconds <= high)
+        bin_name = f"over {low:g} s" if high == np.inf else f"{low:g}-{high:g} s"
+        if members.any():
+            for name, shares in report.contributions.items():
+                contributions[f"{name}, {bin_name}"] = np.where(members, shares, np.nan)
+    values = {name: float(np.nanmean(shares)) for name, shares in contributions.items()}
+    return MetricReport(report.query_ids, values, contributions, groups=report.groups)
+
+
+@dataclass(frozen=True)
+class ProbeTest:
+    """What the levels of one model hold of the moments of a test set, and the record of it."""
+
+    report: MetricReport
+    record: RunRecord
+
+
+def evaluate_probe(
+    model: PointGrounder,
+    train_set: GroundingDataset,
+    test_set: GroundingDataset,
+    *,
+    parts: int,
+    edges: Sequence[float],
+    scale: str,
+    method: str,
+    variant: str,
+    seed: int,
+    parameters: Any,
+    modules: Sequence[ModuleType | str],
+) -> ProbeTest:
+    """Probe every level of a model, and record it.
+
+    Args:
+        model: whose levels are read.
+        train_set, test_set: the probe is fitted on the one and scored on the other.
+        parts: see `read_moments`.
+        edges: of the lengths of moments, see `by_length`.
+        scale: whose folder below `runs/` takes the record.
+        method, variant, seed, parameters: of the model, for the record.
+        modules: library modules that define the model.
+    """
+    started = time.perf_counter()
+    readings = read_moments(model, test_set, parts)
+    levels = probe_levels(read_moments(model, train_set, parts), readings)
+    report = by_length(levels, readings.seconds, edges)
+    record = new_record(
+        method,
+        test_set.name,
+        scale,
+        seed,
+        variant=variant,
+        parameters={"model": parameters, "parts": parts, "probed_on": train_set.name},
+        metrics=report.estimates(),
+        seconds=time.perf_counter() - started,
+        modules=("tvg_lib.probes", *modules),
+        data_hash=test_set.fingerprint,
+    )
+    save(record, records_folder(scale, fresh=True))
+    return ProbeTest(report, record)
