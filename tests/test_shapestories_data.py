@@ -18,10 +18,11 @@ from tvg_lib.errors import ConfigurationError, DataError
 from tvg_lib.evaluation import recall_report
 from tvg_lib.shapestories import dataset as data_sets
 from tvg_lib.shapestories.audit import (
+    SEEN,
     QueryOnly,
     ScriptOracle,
     best_clip_inside,
-    by_group,
+    by_kind,
     recall_by_level,
     shape_of,
 )
@@ -45,6 +46,7 @@ from tvg_lib.shapestories.encoder import (
 from tvg_lib.shapestories.generator import LONG, MEDIUM, SHORT, write_script
 from tvg_lib.shapestories.language import parse, vocabulary
 from tvg_lib.shapestories.pairs import View
+from tvg_lib.shapestories.questions import LEVELS, unseen
 from tvg_lib.shapestories.render import render
 
 BRIEF = replace(SHORT, name="brief", duration=(20, 24), questions=4)
@@ -185,11 +187,27 @@ def test_who_knows_the_script_answers_everything(config, films: int) -> None:
     asked = annotations(config, "test", films)
     report = recall_report(ScriptOracle(scripts(config, "test", films)).predict(asked), asked)
     assert report.values["R1@0.7"] == 100
-    levels = recall_by_level(report, asked)
-    assert {name.removeprefix("R1@0.5 ") for name in levels} <= set(data_sets.LEVELS)
-    assert sum(e.n for e in levels.values()) == len(asked)
-    assert all(e.value == 100 for e in levels.values())
+    kinds = recall_by_level(report, asked)
+    assert all(e.value == 100 for e in kinds.values())
     assert report.values["mIoU"] == pytest.approx(100)
+
+
+def test_kinds_part_the_queries_by_level_and_by_what_training_has() -> None:
+    asked = annotations(SHORT, "test", 30)
+    new = np.array([unseen(parse(query.text)) for query in asked.queries])
+    kinds = by_kind(asked, 100.0 * new, "new")
+    assert set(kinds) == {f"new {kind}" for kind in (*LEVELS, *SEEN)}
+    assert sum(kinds[f"new {level}"].n for level in LEVELS) == len(asked)
+    assert (kinds["new unseen combinations"].value, kinds["new unseen combinations"].n) == (
+        100,
+        new.sum(),
+    )
+    assert (kinds["new known combinations"].value, kinds["new known combinations"].n) == (
+        0,
+        (~new).sum(),
+    )
+    known = by_kind(annotations(SHORT, "train", 10), np.zeros(80), "new")
+    assert "new unseen combinations" not in known
 
 
 def test_query_only_reads_the_question() -> None:
@@ -213,11 +231,10 @@ def test_the_oracle_needs_the_script() -> None:
 
 def check_quality(data: GroundingDataset) -> None:
     """Measured with the shipped weights: actions 70 %, activities 80, scenes 82; chance is 6."""
-    rates = by_group(data, best_clip_inside(data), level_of)
-    assert {"action", "activity", "scene"} <= set(rates)
-    assert 60 < rates["action"][0] < 90, rates
-    assert rates["activity"][0] > 65, rates
-    assert rates["scene"][0] > 70, rates
+    rates = by_kind(data, 100.0 * best_clip_inside(data), "inside")
+    assert 60 < rates["inside action"].value < 90, rates
+    assert rates["inside activity"].value > 65, rates
+    assert rates["inside scene"].value > 70, rates
 
 
 def test_the_best_clip_is_far_more_often_right_than_by_chance() -> None:

@@ -9,7 +9,7 @@ The first two see no video: what they reach is bias. The oracle shows that every
 answer it is said to have. The last is what the encoder alone can do.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,8 +21,10 @@ from tvg_lib.errors import DataError
 from tvg_lib.metrics import Estimate, MetricReport, bootstrap
 from tvg_lib.shapestories.dataset import level_of
 from tvg_lib.shapestories.language import Deed, Meaning, Nth, Presence, Relative, answer, parse
-from tvg_lib.shapestories.questions import LEVELS
+from tvg_lib.shapestories.questions import LEVELS, unseen
 from tvg_lib.shapestories.world import Script
+
+SEEN = ("known combinations", "unseen combinations")  # of words, in training films
 
 
 def shape_of(text: str) -> tuple:
@@ -145,28 +147,33 @@ def recall_by_level(
         metric: of the report.
 
     Returns:
-        By name, such as "R1@0.5 action", in the order of `questions.LEVELS`; levels without a query
-        are left out. Names and numbers fit into a run record.
+        By name, such as "R1@0.5 action", see `by_kind`.
     """
     found = dict(zip(report.query_ids, report.contributions[metric], strict=True))
-    groups: dict[str, list[Query]] = {level: [] for level in LEVELS}
-    for query in dataset.queries:
-        groups[level_of(query)].append(query)
+    return by_kind(dataset, np.array([found[query.id] for query in dataset.queries]), metric)
+
+
+def by_kind(dataset: GroundingDataset, values: np.ndarray, name: str) -> dict[str, Estimate]:
+    """Means of percentages (Q,) by the kind of the queries, with 95 % intervals over films.
+
+    Args:
+        dataset: of ShapeStories.
+        values: of its queries, in their order.
+        name: what the values are.
+
+    Returns:
+        By name, such as "inside action", in the order of `questions.LEVELS`, then of the queries
+        whose combinations of words were `SEEN` in training and of the others. Kinds without a query
+        are left out. Names and numbers fit into a run record.
+    """
+    members: dict[str, list[int]] = {kind: [] for kind in (*LEVELS, *SEEN)}
+    for row, query in enumerate(dataset.queries):
+        members[level_of(query)].append(row)
+        members[SEEN[unseen(parse(query.text))]].append(row)
     return {
-        f"{metric} {level}": bootstrap(
-            [found[query.id] for query in queries], groups=[query.video_id for query in queries]
+        f"{name} {kind}": bootstrap(
+            values[rows], groups=[dataset.queries[row].video_id for row in rows]
         )
-        for level, queries in groups.items()
-        if queries
-    }
-
-
-def by_group(
-    dataset: GroundingDataset, values: np.ndarray, group: Callable[[Query], str]
-) -> dict[str, tuple[float, int]]:
-    """Mean (in percent) and number of the values (Q,) of each group of queries."""
-    names = np.array([group(query) for query in dataset.queries])
-    return {
-        str(name): (100 * float(values[names == name].mean()), int((names == name).sum()))
-        for name in sorted(set(names))
+        for kind, rows in members.items()
+        if rows
     }
