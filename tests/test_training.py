@@ -449,6 +449,9 @@ def test_learning_rate():
     assert rates[8] == pytest.approx(1.0)  # half way
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert 0 < rates[-1] < 0.1
+    linear = dataclasses.replace(config, schedule="linear")
+    rates = [learning_rate(linear, step, 4, 12) for step in range(12)]
+    assert rates == [0.5, 1.0, 1.5, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25]
     assert learning_rate(config, 0, 0, 12) == 2.0
 
 
@@ -510,6 +513,50 @@ def test_the_best_epoch_is_kept_and_the_earlier_of_equals(tmp_path):
     )  # fmt: skip
     assert torch.equal(last.model.head.weight, kept[3]["head.weight"])
     assert last.selected is None
+
+
+def test_training_ends_when_patience_does(tmp_path):
+    def validate(model):
+        scores.append(1.0)
+        return {"recall": [0.2, 0.7, 0.7, 0.1, 0.9, 0.0][len(scores) - 1]}
+
+    scores = []
+    config = dataclasses.replace(CONFIG, epochs=6, select_by="recall")
+    patient = dataclasses.replace(config, patience=2)
+    stopped = train(*modules(), plan(), patient, tmp_path / "stopped", validate)
+    assert [row["epoch"] for row in stopped.validations] == [1, 2, 3, 4]
+    assert stopped.selected["epoch"] == 2
+
+    scores = []
+    whole = train(*modules(), plan(), config, tmp_path / "whole", validate)
+    assert whole.selected["epoch"] == 5
+    steps = len(stopped.steps["total"])
+    assert stopped.steps["total"] == whole.steps["total"][:steps]
+    assert stopped.steps["learning_rate"] == whole.steps["learning_rate"][:steps]
+
+    def refused(model):
+        raise AssertionError("a finished run was validated again")
+
+    again = train(*modules(), plan(), patient, tmp_path / "stopped", refused)
+    assert again.selected == stopped.selected
+
+    # Killed after the last validation, before the run was marked as finished: nothing is added.
+    class KilledError(Exception):
+        pass
+
+    def kill(self):
+        raise KilledError
+
+    scores = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tvg_lib.training._Run._finish", kill)
+        with pytest.raises(KilledError):
+            train(*modules(), plan(), patient, tmp_path / "killed", validate)
+    resumed = train(*modules(), plan(), patient, tmp_path / "killed", refused)
+    assert resumed.steps["total"] == stopped.steps["total"]
+    assert resumed.selected == stopped.selected
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, stopped.model.state_dict()[name])
 
 
 def test_history(tmp_path, uninterrupted):
@@ -705,7 +752,9 @@ def test_run_key():
         ("betas", (0.9,)),
         ("betas", (0.9, 1.0)),
         ("clip_norm", 0.0),
-        ("schedule", "linear"),
+        ("schedule", "stepwise"),
+        ("patience", 0),
+        ("patience", 3),  # without a metric to select by
         ("ema_decay", 1.0),
         ("precision", "fp16"),
         ("device", "tpu"),

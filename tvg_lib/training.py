@@ -136,7 +136,7 @@ class TrainingConfig:
         learning_rate, weight_decay, betas: of AdamW; decay on matrices only (`decay_groups`).
         clip_norm: largest norm of all gradients together; None leaves them alone.
         schedule: after the warm-up, "constant" (what SnAG and HieraMamba really do: the milestone
-            in their files is never reached) or "cosine" down to 0.
+            in their files is never reached), or "cosine" or "linear" down to 0.
         ema_decay: of the moving average of the weights, which is what is validated and returned.
         ema_warmup: let the decay grow as min(ema_decay, (1 + t) / (10 + t)) over steps t. Short
             runs need it, or their average would still be near the first weights. The released code
@@ -147,6 +147,8 @@ class TrainingConfig:
         validate_every: epochs between validations; the last epoch is always validated.
         select_by: metric of `validate` whose best epoch is kept (higher is better, the earlier of
             equals); None keeps the last weights.
+        patience: end the training after so many epochs without a better one by `select_by`; None
+            never does. The schedule stays that of all `epochs`.
         checkpoint_every: steps between checkpoints; there is also one after each validation.
         seed: of dropout and of everything else that draws from global generators.
         deterministic: ask PyTorch for deterministic algorithms (it warns where there is none).
@@ -160,7 +162,7 @@ class TrainingConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = 1.0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
     ema_decay: float = 0.999
     ema_warmup: bool = True
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -168,6 +170,7 @@ class TrainingConfig:
     gradient_accumulation: int = 1
     validate_every: int = 1
     select_by: str | None = None
+    patience: int | None = None
     checkpoint_every: int = 500
     seed: int = 0
     deterministic: bool = True
@@ -187,10 +190,13 @@ class TrainingConfig:
             "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two in [0, 1)"
         )
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        self._require("patience", self.patience is None or self.patience >= 1, "at least 1")
+        chosen = self.patience is None or self.select_by is not None
+        self._require("patience", chosen, "None where no metric is selected by")
         self._require("workers", self.workers >= 0, "0 or more")
         self._require("seed", 0 <= self.seed < 2**31, "in [0, 2**31)")
         for name, choices in (
-            ("schedule", ("constant", "cosine")),
+            ("schedule", ("constant", "cosine", "linear")),
             ("precision", ("fp32", "bf16")),
             ("device", ("auto", "cpu", "cuda")),
         ):
@@ -216,6 +222,8 @@ def learning_rate(config: TrainingConfig, step: int, warmup_steps: int, total_st
     if config.schedule == "constant":
         return config.learning_rate
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if config.schedule == "linear":
+        return config.learning_rate * (1 - done)
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
@@ -455,12 +463,22 @@ class _Run:
         """Optimiser steps done."""
         return len(self.steps.get("step", ()))
 
+    @property
+    def _out_of_patience(self) -> bool:
+        """Whether the epochs since the best one are as many as are waited for."""
+        if self.config.patience is None or not self.validations:
+            return False
+        best = self.selected["epoch"] if self.selected else 0
+        return self.validations[-1]["epoch"] - best >= self.config.patience
+
     def fit(self) -> TrainingResult:
         """Train from the present position to the end."""
         config, started = self.config, time.monotonic() - self.seconds
         self.optimizer.zero_grad(set_to_none=True)  # whatever the caller left behind
         with self._bar() as bar:
             for epoch in range(self.epoch, config.epochs):
+                if self._out_of_patience:
+                    break
                 bar.set_description(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
                 self.step_module.train()
                 for groups_done in self._steps(epoch):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from tvg_lib.losses.retrieval import RetrievalObjective
 from tvg_lib.metrics import RetrievalReport
 from tvg_lib.models.mamfusion import MamFusion, MamFusionConfig
 from tvg_lib.results import RunRecord, new_record, records_folder, save
+from tvg_lib.retrieval.baselines import best_clip_scores, fitted_width, mean_pooled_scores
 from tvg_lib.retrieval.data import RetrievalPlan, RetrievalView
 from tvg_lib.retrieval.evaluation import report_of_scores, score_matrix
 from tvg_lib.training import TrainingConfig, TrainingResult, run_key, train
@@ -211,6 +213,28 @@ def evaluate_rule(
         modules=("tvg_lib.retrieval.baselines", "tvg_lib.retrieval.evaluation"),
         seconds=time.perf_counter() - started,
     )
+
+
+def evaluate_rules(
+    train_set: GroundingDataset, test_set: GroundingDataset, *, scale: str
+) -> dict[str, RetrievalTest]:
+    """Test the rules without training: mean of clips, best clip, best stretch of clips.
+
+    Args:
+        train_set: where the number of clips of a stretch is chosen, by SumR.
+        test_set: what is reported on.
+        scale: whose folder below `runs/` takes the records.
+    """
+    width = fitted_width(train_set)
+    rules: dict[str, tuple[str, Callable[[GroundingDataset], np.ndarray], dict[str, int]]] = {
+        "mean of clips": ("mean-pooled", mean_pooled_scores, {}),
+        "best clip": ("best-clip", best_clip_scores, {"width": 1}),
+        "best stretch": ("best-stretch", partial(best_clip_scores, width=width), {"width": width}),
+    }
+    return {
+        label: evaluate_rule(method, rule, test_set, scale=scale, parameters=parameters)
+        for label, (method, rule, parameters) in rules.items()
+    }
 
 
 def _recorded(
