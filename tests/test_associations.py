@@ -361,6 +361,23 @@ class TestPrintedFusion:
         tolerance = {} if values == "words" else {"rtol": 1e-5, "atol": 1e-5}  # softmax in float32
         torch.testing.assert_close(block(x, mask, text, text_mask), expected, **tolerance)
 
+    @pytest.mark.parametrize("values", ["words", "video"])
+    def test_levels_are_apart(self, values):
+        """Levels laid end to end, a step between them, fuse as each of them alone."""
+        torch.manual_seed(0)
+        block = randomised(PrintedFusionBlock(8, values))
+        text, text_mask = torch.randn(2, 5, 8).double(), mask_of([3, 5])
+        levels = [torch.randn(2, steps, 8).double() for steps in (8, 4, 2)]
+        masks = [mask_of([8, 5]), mask_of([4, 3]), mask_of([2, 2])]
+        gap, no = torch.zeros(2, 1, 8).double(), torch.zeros(2, 1, dtype=torch.bool)
+        x = torch.cat([levels[0], gap, levels[1], gap, levels[2]], dim=1)
+        mask = torch.cat([masks[0], no, masks[1], no, masks[2]], dim=1)
+        fused = block(x, mask, text, text_mask)
+        for part, level, there in zip(
+            (fused[:, :8], fused[:, 9:13], fused[:, 14:]), levels, masks, strict=True
+        ):
+            torch.testing.assert_close(part, block(level, there, text, text_mask))
+
     def test_even_attention_leaves_the_video(self):
         block = PrintedFusionBlock(8, "video").eval()
         x, text = torch.randn(1, 9, 8), torch.zeros(1, 4, 8)

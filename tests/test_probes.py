@@ -1,5 +1,7 @@
 """The linear probe: what it must find where the answer is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,10 @@ from tvg_lib import paths
 from tvg_lib.comparisons import compare
 from tvg_lib.errors import DataError
 from tvg_lib.nn.pyramid import Pyramid
-from tvg_lib.probes import MomentReadings, by_length, evaluate_probe, probe_levels, read_moments
+from tvg_lib.probes import MomentReadings, evaluate_probe, probe_levels, read_moments
 from tvg_lib.results import fresh_records
+
+BINS = {"0-10 s": slice(0, 2), "10-20 s": slice(2, 4), "over 40 s": slice(4, 6)}
 
 
 def readings(features, content, names=("level 0",), first=0):
@@ -62,23 +66,39 @@ def test_equals_least_squares_written_out():
     assert report.values["level 0"] == pytest.approx(expected, abs=0.2)
 
 
-def test_by_length_is_the_mean_of_the_moments_of_a_length():
-    content, features = linear_world((0.5, 2), count=6)
-    names = ("level 0", "level 1")
-    report = probe_levels(
-        readings(features, content, names), readings(features, content, names, first=1000)
+def test_a_length_is_scored_on_its_own_variance():
+    """Of each bin: one minus the squared errors over the squared distances, of its moments only."""
+    content, (features,) = linear_world((0.7,), count=40)
+    held_content, (held,) = linear_world((0.7,), seed=1, count=6)
+    held_content[3:] *= 4  # other lengths, other variance
+    train = readings([features], content)
+    asked = replace(
+        readings([held], held_content, first=1000),
+        seconds=np.array([5.0, 10.0, 10.1, 19, 41, 400]),
     )
-    found = by_length(report, np.array([5.0, 10.0, 10.1, 19, 41, 400]), (0.0, 10.0, 20.0, 40.0))
-    for name in names:
-        shares = report.contributions[name]
-        assert found.values[name] == pytest.approx(shares.mean())
-        assert found.values[f"{name}, 0-10 s"] == pytest.approx(shares[:2].mean())
-        assert found.values[f"{name}, 10-20 s"] == pytest.approx(shares[2:4].mean())
-        assert found.values[f"{name}, over 40 s"] == pytest.approx(shares[4:].mean())
-        assert f"{name}, 20-40 s" not in found.values  # no such moment
-        interval = found.estimates()[f"{name}, over 40 s"]
-        assert interval.n == 2
-    assert found.groups == report.groups
+    found = probe_levels(train, asked, (0.0, 10.0, 20.0, 40.0))
+    whole = probe_levels(train, asked)
+    assert set(found.values) == {"level 0", *(f"level 0, {b}" for b in BINS)}  # none of 20-40 s
+    assert found.values["level 0"] == pytest.approx(whole.values["level 0"])
+    distances = ((held_content - content.mean(0)) ** 2).sum(1)
+    errors = (1 - whole.contributions["level 0"] / 100) * distances.mean()
+    for name, members in BINS.items():
+        expected = 100 * (1 - errors[members].sum() / distances[members].sum())
+        assert found.values[f"level 0, {name}"] == pytest.approx(expected)
+        shares = found.contributions[f"level 0, {name}"]
+        assert np.isnan(np.delete(shares, np.r_[members])).all()
+        assert found.estimates()[f"level 0, {name}"].n == len(distances[members])
+
+
+def test_the_mean_explains_nothing_of_any_length():
+    """Features that say nothing leave the training mean: about 0 % of short and of long moments."""
+    content, _ = linear_world((0,))
+    held_content, _ = linear_world((0,), seed=1)
+    train = readings([np.random.default_rng(2).standard_normal((400, 2))], content)
+    held = readings([np.random.default_rng(3).standard_normal((400, 2))], held_content, first=1000)
+    held = replace(held, seconds=np.linspace(1, 99, 400))
+    found = probe_levels(train, held, (0.0, 10.0, 50.0))
+    assert all(abs(value) < 3 for value in found.values.values()), found.values
 
 
 class ClipsAsTheyAre(torch.nn.Module):
@@ -107,15 +127,17 @@ def test_readings_by_hand():
     assert found.recordings == ("a", "b", "b")
     assert found.seconds.tolist() == pytest.approx([5.0, 20.0, 0.9])
     # Channel 0 of a clip is its index; second s is at index s - 0.5 on this grid.
-    # [2, 7] s: indices 1.5 to 6.5, centre 4: level 0 takes 3, 4, 5; level 1 (stride 2) takes 2,
-    # 4, 6 (at most 3 clips away); level 2 (stride 4) takes 0, 4, 8.
-    assert [found.features[n][0, 0] for n in found.names] == pytest.approx([-4, 4, 4, 4])
-    # [17.5, 18.4] s: centre 17.45: clips 16, 17, 18; then 16, 18 (and not 20: it has ended);
-    # then 12, 16.
-    assert [found.features[n][2, 0] for n in found.names] == pytest.approx([-17, 17, 17, 14])
-    # Contents: halves 1.5 to 4 and 4 to 6.5: clips 2, 3, 4 and 4, 5, 6.
+    # [2, 7] s: indices 1.5 to 6.5, halves 1.5 to 4 and 4 to 6.5: clips 2, 3, 4 and 4, 5, 6; level 1
+    # has 2, 4 and 4, 6; level 2 has 4 in both.
     width = found.content.shape[1] // 2
     assert found.content[0, [0, width]].tolist() == pytest.approx([3, 5])
+    read = [found.features[n][0, [0, width]].tolist() for n in found.names]
+    assert read == [[-3, -5], [3, 5], [3, 5], [4, 4]]
+    # [17.5, 18.4] s: indices 17 to 17.9, halves 17 to 17.45 and 17.45 to 17.9: clip 17, and none,
+    # so the nearest, 18. Level 1 has 16 and 18: 8.5 to 8.725 and 8.725 to 8.95 are nearest to 9.
+    # Level 2: 4.25 to 4.3625 and on are nearest to 4, which is clip 16.
+    read = [found.features[n][2, [0, width]].tolist() for n in found.names]
+    assert read == [[-17, -18], [17, 18], [18, 18], [16, 16]]
     # A stretch without a clip takes the nearest: 17 to 17.45 holds clip 17, the next none.
     assert found.content[2, [0, width]].tolist() == pytest.approx([17, 18])
 

@@ -1,11 +1,12 @@
 """How much of a moment can be read back from each level of a pyramid: a linear probe.
 
 MSCL starts from the claim that "information contained in representations of longer moments will
-gradually degrade" from level to level. Here that is measured. What a moment holds are its clip
-features: the mean of the clips in each of `parts` equal stretches of it. What a level says about
-the moment is the mean of its targets there (centre-sampled, without a range, as MSCL takes them). A
-ridge regression from the second to the first, fitted on training videos, is scored on held-out
-videos: the share of the content's variance that it explains.
+gradually degrade" from level to level. Here that is measured. A moment is cut into `parts` equal
+stretches. What it holds are its clips, averaged over each stretch; what a level says about it are
+the level's points, averaged over the same stretches (the nearest point where a stretch holds none,
+as the upper levels have it for short moments). A ridge regression from the second to the first,
+fitted on training videos, is scored on others: the share of the content's variance that it
+explains.
 """
 
 import time
@@ -18,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tvg_lib.data.batching import GroundingBatch, evaluation_batches
+from tvg_lib.data.batching import evaluation_batches
 from tvg_lib.data.dataset import GroundingDataset
 from tvg_lib.errors import DataError
-from tvg_lib.losses.multiscale import gather_steps, target_sets
 from tvg_lib.metrics.report import MetricReport
 from tvg_lib.models.point_grounder import PointGrounder
+from tvg_lib.nn.pyramid import Pyramid
 from tvg_lib.results import RunRecord, new_record, records_folder, save
 
 PENALTIES = tuple(10.0**k for k in range(-4, 3))  # of the ridge, per training moment
@@ -35,7 +36,7 @@ class MomentReadings:
 
     Attributes:
         names: of the levels: "Z0" where the encoder keeps it, then "level 0", "level 1", ...
-        features: by name, (N, D).
+        features: by name, (N, parts * D).
         content: (N, parts * C) of the input.
         seconds: (N,) length of each moment.
         moments: names of the moments, `<query id>/<number>`.
@@ -58,16 +59,14 @@ def read_moments(
     model: PointGrounder,
     dataset: GroundingDataset,
     parts: int = 1,
-    center_radius: float = 1.5,
 ) -> MomentReadings:
     """Read all moments of a data set from all levels.
 
     Args:
         model: encodes the videos, without queries; left in the mode it came in.
         dataset: its queries' moments are read. A moment asked for twice counts twice.
-        parts: stretches of a moment whose clips are averaged apart. 1 asks what a moment is about,
-            3 also in which order.
-        center_radius: of the targets, in strides.
+        parts: stretches of a moment that are averaged apart. 1 asks what a moment is about, 3 also
+            in which order.
     """
     if parts < 1:
         raise DataError(f"a moment has at least one part, found {parts}")
@@ -79,14 +78,16 @@ def read_moments(
     try:
         for batch in evaluation_batches(dataset):
             batch = batch.to(device)
-            for name, found in _levels(model, batch, center_radius).items():
-                features.setdefault(name, []).append(found)
+            levels = _levels(model.encode_video(batch.video, batch.video_mask))
             for q, m in batch.moment_mask.nonzero().tolist():
                 query = dataset.query(batch.query_ids[q])
                 start, end = batch.moments[q, m].tolist()
                 row = int(batch.query_video[q])
                 clips = batch.video[row, batch.video_mask[row]]
-                content.append(_content(clips, start, end, parts).cpu().numpy())
+                content.append(_stretches(clips, start, end, parts))
+                for name, (points, mask, stride) in levels.items():
+                    read = _stretches(points[row, mask[row]], start / stride, end / stride, parts)
+                    features.setdefault(name, []).append(read)
                 seconds.append(float(np.diff(query.moments[m])[0]))
                 moments.append(f"{query.id}/{m}")
                 recordings.append(dataset.recording_of(query))
@@ -94,7 +95,7 @@ def read_moments(
         model.train(training)
     return MomentReadings(
         names=tuple(features),
-        features={name: np.concatenate(found) for name, found in features.items()},
+        features={name: np.stack(found) for name, found in features.items()},
         content=np.stack(content),
         seconds=np.array(seconds),
         moments=tuple(moments),
@@ -102,63 +103,53 @@ def read_moments(
     )
 
 
-def _levels(
-    model: PointGrounder, batch: GroundingBatch, center_radius: float
-) -> dict[str, np.ndarray]:
-    """By level, (N, D) the mean over each moment's targets; the nearest step if it has none."""
-    pyramid = model.encode_video(batch.video, batch.video_mask)
-    query, number = batch.moment_mask.nonzero(as_tuple=True)
-    row = batch.query_video[query]
-    moment = batch.moments[query, number] / pyramid.clips_per_step  # (N, 2)
-    valid = torch.cat(pyramid.masks, dim=1)[row]
-    alone = torch.ones(len(moment), 1, dtype=torch.bool, device=moment.device)
-    # The printed rule, so that a short moment has targets on high levels, too.
-    targets, _ = target_sets(
-        pyramid.lengths, moment[:, None], alone, valid, center_radius, inside=False
-    )
+def _levels(pyramid: Pyramid) -> dict[str, tuple[torch.Tensor, torch.Tensor, int]]:
+    """By name: points (B, T, D), mask (B, T), and clips per point."""
     found = {}
-    for level, (x, chosen) in enumerate(
-        zip(pyramid.levels, targets.split(pyramid.lengths, 1), strict=True)
-    ):
-        last = pyramid.masks[level][row].sum(1) - 1
-        nearest = (moment.mean(1) / 2**level).round().long().clamp(min=0).minimum(last)
-        chosen = chosen | (
-            ~chosen.any(1, keepdim=True)
-            & (torch.arange(chosen.shape[1], device=chosen.device) == nearest[:, None])
-        )
-        sources = {f"level {level}": x}
-        if level == 0 and pyramid.base is not None:
-            sources = {"Z0": pyramid.base} | sources
-        for name, source in sources.items():
-            features, mask, _ = gather_steps(source, row, chosen)
-            mean = (features * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            found[name] = mean.float().cpu().numpy()
+    if pyramid.base is not None:
+        found["Z0"] = pyramid.base, pyramid.masks[0], pyramid.clips_per_step
+    for level, (points, mask) in enumerate(zip(pyramid.levels, pyramid.masks, strict=True)):
+        found[f"level {level}"] = points, mask, pyramid.clips_per_step * 2**level
     return found
 
 
-def _content(clips: torch.Tensor, start: float, end: float, parts: int) -> torch.Tensor:
-    """(parts * C,) mean clip of each equal stretch; the nearest clip where a stretch holds none."""
-    place = torch.arange(len(clips), device=clips.device)
+def _stretches(points: torch.Tensor, start: float, end: float, parts: int) -> np.ndarray:
+    """(parts * D,) mean of the points (T, D) in each equal stretch of an interval.
+
+    Args:
+        points: one at each whole number.
+        start, end: of the interval. Where a stretch holds no point, the nearest counts.
+        parts: stretches.
+    """
+    place = torch.arange(len(points), device=points.device)
     edges = np.linspace(start, end, parts + 1)
     means = []
     for low, high in pairwise(edges):
         inside = (place >= low) & (place <= high)
         if not inside.any():
-            inside = place == min(max(round((low + high) / 2), 0), len(clips) - 1)
-        means.append(clips[inside].float().mean(0))
-    return torch.cat(means)
+            inside = place == min(max(round((low + high) / 2), 0), len(points) - 1)
+        means.append(points[inside].float().mean(0))
+    return torch.cat(means).cpu().numpy()
 
 
-def probe_levels(train: MomentReadings, held_out: MomentReadings) -> MetricReport:
+def probe_levels(
+    train: MomentReadings, held_out: MomentReadings, edges: Sequence[float] = ()
+) -> MetricReport:
     """Fit a ridge regression per level on `train` and score it on `held_out`.
 
     The penalty of each level is chosen on a fifth of the training recordings. Both readings come
     from the same model.
 
+    Args:
+        train, held_out: readings.
+        edges: seconds of the bins (low, high] of lengths; the last bin is open.
+
     Returns:
         By level, the percentage of the variance of the held-out content that is explained (R^2
         against the training mean). Each moment's contribution is its share, so that models can be
-        compared pair by pair (`minus`) and drawn by length.
+        compared pair by pair (`minus`). With `edges` also by level and length, such as "level 3,
+        20-40 s" and "level 3, over 40 s": the same regression, scored on the variance of these
+        moments alone. Bins without moments are left out.
 
     Raises:
         DataError: the two share a recording, or there are too few recordings to choose a penalty.
@@ -171,6 +162,7 @@ def probe_levels(train: MomentReadings, held_out: MomentReadings) -> MetricRepor
     if len(groups) < 5:
         raise DataError(f"a probe needs five training recordings or more, found {len(groups)}")
     inner = np.isin(train.recordings, groups[::5])
+    bins = _bins(held_out.seconds, edges)
     contributions = {}
     for name in train.names:
         x, y = train.features[name], train.content
@@ -180,13 +172,29 @@ def probe_levels(train: MomentReadings, held_out: MomentReadings) -> MetricRepor
         ]
         penalty = PENALTIES[int(np.argmax(scores))]
         (predicted,) = _ridge(x, y, held_out.features[name], (penalty,))
-        contributions[name] = 100 * _explained(predicted, held_out.content, y.mean(0))
+        for suffix, members in bins.items():
+            shares = np.full(len(held_out), np.nan)
+            shares[members] = 100 * _explained(
+                predicted[members], held_out.content[members], y.mean(0)
+            )
+            contributions[name + suffix] = shares
     return MetricReport(
         held_out.moments,
-        {name: float(found.mean()) for name, found in contributions.items()},
+        {name: float(np.nanmean(shares)) for name, shares in contributions.items()},
         contributions,
         groups=held_out.recordings,
     )
+
+
+def _bins(seconds: np.ndarray, edges: Sequence[float]) -> dict[str, np.ndarray]:
+    """Which moments (N,) each bin of lengths has, by the end of its metrics' names; first, all."""
+    bins = {"": np.ones(len(seconds), bool)}
+    for low, high in pairwise([*edges, np.inf]):
+        name = f", over {low:g} s" if high == np.inf else f", {low:g}-{high:g} s"
+        members = (seconds > low) & (seconds <= high)
+        if members.any():
+            bins[name] = members
+    return bins
 
 
 def _ridge(
@@ -208,29 +216,6 @@ def _explained(predicted: np.ndarray, content: np.ndarray, mean: np.ndarray) -> 
     """(N,) 1 - squared error over the mean squared distance to `mean`; its mean is R^2."""
     error = ((predicted - content) ** 2).sum(1)
     return 1 - error / ((content - mean) ** 2).sum(1).mean()
-
-
-def by_length(report: MetricReport, seconds: np.ndarray, edges: Sequence[float]) -> MetricReport:
-    """The report, and every level again for moments of some lengths alone.
-
-    Args:
-        report: of `probe_levels`.
-        seconds: (N,) length of its moments, as in `MomentReadings`.
-        edges: seconds of the bins (low, high]; the last bin is open.
-
-    Returns:
-        With metrics such as "level 3, 20-40 s" and "level 3, over 40 s"; contributions of other
-        moments are NaN. Bins without moments are left out.
-    """
-    contributions = dict(report.contributions)
-    for low, high in pairwise([*edges, np.inf]):
-        members = (seconds > low) & (seconds <= high)
-        bin_name = f"over {low:g} s" if high == np.inf else f"{low:g}-{high:g} s"
-        if members.any():
-            for name, shares in report.contributions.items():
-                contributions[f"{name}, {bin_name}"] = np.where(members, shares, np.nan)
-    values = {name: float(np.nanmean(shares)) for name, shares in contributions.items()}
-    return MetricReport(report.query_ids, values, contributions, groups=report.groups)
 
 
 @dataclass(frozen=True)
@@ -261,15 +246,15 @@ def evaluate_probe(
         model: whose levels are read.
         train_set, test_set: the probe is fitted on the one and scored on the other.
         parts: see `read_moments`.
-        edges: of the lengths of moments, see `by_length`.
+        edges: of the lengths of moments, see `probe_levels`.
         scale: whose folder below `runs/` takes the record.
         method, variant, seed, parameters: of the model, for the record.
         modules: library modules that define the model.
     """
     started = time.perf_counter()
-    readings = read_moments(model, test_set, parts)
-    levels = probe_levels(read_moments(model, train_set, parts), readings)
-    report = by_length(levels, readings.seconds, edges)
+    report = probe_levels(
+        read_moments(model, train_set, parts), read_moments(model, test_set, parts), edges
+    )
     record = new_record(
         method,
         test_set.name,

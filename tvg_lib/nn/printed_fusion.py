@@ -11,10 +11,10 @@ shape, so equation 6 means one of two things:
   What is left of a step are its weights: O lies in the span of the words. (The author's repository
   reads it so, and says that it is a reading.)
 - values "video": the last factor is Z', as printed. Then the softmax can only run over the *steps*
-  (over the words its weights sum to 1, and the query would drop out), and the words are averaged:
-  O_t = T mean_k softmax_t(Z'_t . E'_k / sqrt(D)) Z'_t, where T makes even attention leave Z' as it
-  is. A step is scaled by how much the words attend to it. One softmax runs over all levels laid end
-  to end.
+  (over the words its weights sum to 1, and the query would drop out), those of one level, and the
+  words are averaged: O_t = T mean_k softmax_t(Z'_t . E'_k / sqrt(D)) Z'_t, where T, the steps of
+  the level, makes even attention leave Z' as it is. A step is scaled by how much the words attend
+  to it.
 
 Neither has projections, heads or a path round the attention. SnAG's released code, which MSCL says
 it builds on, has all of them: `tvg_lib.nn.fusion.LateFusion`, the default everywhere. To use one of
@@ -60,19 +60,43 @@ class PrintedFusionBlock(nn.Module):
         self.feed_forward_scale = LayerScale(channels, drop_path, scale)
 
     def forward(self, x: Tensor, mask: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Args: x (Q, P, D), mask (Q, P), text (Q, K, D), text_mask (Q, K). Returns (Q, P, D)."""
+        """Args: x (Q, P, D), mask (Q, P), text (Q, K, D), text_mask (Q, K). Returns (Q, P, D).
+
+        Levels lie end to end in P, with a step between them that no row has.
+        """
         x, words = self.video_norm(zero_invalid(x, mask)), self.text_norm(text)
         scores = x @ words.transpose(1, 2) / math.sqrt(x.shape[-1])  # (Q, P, K)
         if self.values == "words":
             x = scores.masked_fill(~text_mask[:, None], -torch.inf).softmax(-1) @ words
         else:
-            # A finite fill: the weights of a query whose video is all padding stay finite.
-            attention = scores.float().masked_fill(~mask[..., None], -1e9).softmax(1)
-            shares = attention.masked_fill(~text_mask[:, None], 0.0).sum(-1)
-            even = text_mask.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-            x = x * (shares / even).to(x.dtype)[..., None]
+            shares = torch.cat(
+                [
+                    self._shares(*part, text_mask)
+                    for part in zip(
+                        *(v.tensor_split(_level_starts(mask), dim=1) for v in (scores, mask)),
+                        strict=True,
+                    )
+                ],
+                dim=1,
+            )
+            x = x * shares.to(x.dtype)[..., None]
         x = x + self.feed_forward_scale(self.feed_forward(self.feed_forward_norm(x)))
         return zero_invalid(x, mask)
+
+    @staticmethod
+    def _shares(scores: Tensor, mask: Tensor, text_mask: Tensor) -> Tensor:
+        """(Q, T) attention of the words to each step of a level, 1 where all are attended alike."""
+        # A finite fill: the weights of a query whose video is all padding stay finite.
+        attention = scores.float().masked_fill(~mask[..., None], -1e9).softmax(1)
+        even = text_mask.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        return attention.masked_fill(~text_mask[:, None], 0.0).sum(-1) / even
+
+
+def _level_starts(mask: Tensor) -> tuple[int, ...]:
+    """First steps of all levels but the first, where (Q, P) levels lie end to end."""
+    there = mask.any(0)
+    starts = (there[1:] & ~there[:-1]).nonzero()[:, 0] + 1
+    return tuple(int(start) for start in starts[0 if bool(there[:1].any()) else 1 :])
 
 
 class PrintedFusion(nn.Module):
