@@ -16,7 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from tvg_lib import inline, viz
+from tvg_lib import inline, paths, viz
 from tvg_lib.baselines import ZeroShotWindow
 from tvg_lib.data import planted, sources
 from tvg_lib.data.planted import PlantedConfig, PlantedWords
@@ -375,3 +375,12 @@ def test_default_clip_helpers_place_curves_and_captions():
     assert times.tolist() == [1, 3, 5]
     assert values.tolist() == [1, 2, 3]
     assert viz.clip_captions(QVHIGHLIGHTS_2S, ["a", "b"]) == [(0, 2, "a"), (2, 4, "b")]
+
+
+def test_a_kept_figure_is_named_after_its_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "root", lambda: tmp_path)
+    figure, _ = plt.subplots()
+    path = viz.keep_figure(figure, "cpu", "mscl_figure1", "qvh-captions/test")
+    assert path == tmp_path / "runs/cpu/figures/mscl_figure1_qvh-captions_test.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in path.parent.iterdir()] == [path.name]

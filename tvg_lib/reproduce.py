@@ -52,8 +52,8 @@ from tvg_lib.results import load_records, records_folder, save
 SCALES = ("smoke", "cpu", "full", "gpu")
 REPORTS = range(90, 93)
 PUBLISH = "PUBLISH"
-# Figures that need a trained model: the report notebooks cannot make them from records.
-OF_TRAINED_MODELS = "mscl_figure1_*.png"
+# Figures that need models or data: the report notebooks cannot make them from records.
+OF_RUNS = ("mscl_figure1_*.png", "a2fa_figure[12457]_*.png")
 # Kernels run beside this process; their warning about unencrypted local traffic is no news.
 KERNEL: dict[str, Any] = {"kernel_name": "python3", "extra_arguments": ["--log-level=ERROR"]}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -504,7 +504,8 @@ def publish(scale: str) -> list[Task]:
         raise ConfigurationError("records of the smoke scale are never committed")
     for record in load_records(records_folder(scale, fresh=True)):
         print(f"published {save(record, records_folder(scale)).name}")
-    for figure in sorted((paths.runs(scale) / "figures").glob(OF_TRAINED_MODELS)):
+    made = paths.runs(scale) / "figures"
+    for figure in sorted(path for pattern in OF_RUNS for path in made.glob(pattern)):
         with paths.replacing(paths.figures() / figure.name) as temporary:
             shutil.copyfile(figure, temporary)
         print(f"published {figure.name}")

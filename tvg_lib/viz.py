@@ -13,6 +13,7 @@ and records, so they draw what a file holds as well as what a run has just compu
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import ceil
+from pathlib import Path
 from textwrap import shorten, wrap
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, NullLocator
 from numpy.typing import ArrayLike
 
+from tvg_lib import paths
 from tvg_lib.data.dataset import GroundingDataset
 from tvg_lib.decoding import Prediction
 from tvg_lib.errors import DataError
@@ -76,6 +78,21 @@ def use_house_style() -> None:
             "savefig.facecolor": "white",
         },
     )
+
+
+def keep_figure(figure: Figure, scale: str, name: str, dataset: str) -> Path:
+    """Save a figure that needs a run's models or data, so that it can be published.
+
+    Args:
+        figure: to be saved.
+        scale: whose folder below `runs/` takes it.
+        name: such as "mscl_figure1".
+        dataset: data set and split, which the file's name ends with.
+    """
+    path = paths.runs(scale) / "figures" / f"{name}_{dataset.replace('/', '_')}.png"
+    with paths.replacing(path) as temporary:
+        figure.savefig(temporary)
+    return path
 
 
 class Interval(Protocol):
