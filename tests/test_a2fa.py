@@ -132,9 +132,10 @@ def test_mask_keeps_the_interval_and_its_anchor():
         assert kept[row].nonzero().squeeze(1).tolist() == list(range(first, last + 1))
 
 
-def test_a2fa_as_printed_is_equations_6_to_12():
+@pytest.mark.parametrize("unit_length", [False, True])
+def test_a2fa_as_printed_is_equations_1_to_12(unit_length):
     """Xavier's matrices, no calibration, no smoothing: the formulas, one frame at a time."""
-    config = A2FAConfig(C, start="xavier", calibrated=False)
+    config = A2FAConfig(C, start="xavier", calibrated=False, unit_length=unit_length)
     torch.manual_seed(0)
     model = A2FA(config).double()
     model.shift.data.fill_(0.3)
@@ -144,9 +145,10 @@ def test_a2fa_as_printed_is_equations_6_to_12():
     M = {name: matrix.weight.detach().numpy() for name, matrix in model.matrices.items()}
     for row, count in enumerate((9, 5, 1)):
         V = inputs.video[row, :count].numpy()
-        V = V / np.linalg.norm(V, axis=1, keepdims=True)
         q = inputs.sentence[row].numpy()
-        q = q / np.linalg.norm(q)
+        if unit_length:
+            V = V / np.linalg.norm(V, axis=1, keepdims=True)
+            q = q / np.linalg.norm(q)
         embedded = [cos(q, v) * q + (1 - cos(q, v)) * v for v in V]
         anchor = int(np.argmax([cos(v, q) for v in embedded]))
         left, right = splits_by_search(np.array(embedded), anchor)

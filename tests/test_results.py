@@ -424,6 +424,9 @@ def test_intervals_stand_in_place_of_the_deviation_over_seeds(tmp_path: Path) ->
     table = of_runs("t", runs, ["R1@0.5"], committed=committed, fresh=[], intervals=True)
     assert "50.50 [48.00, 53.00]" in str(table)
     assert "±" not in str(table)
+    (mean,) = (replace(one, parameters={"seeds": [0, 1, 2]}) for one in committed[:1])
+    named = of_runs("t", runs, ["R1@0.5"], committed=[mean], fresh=[], intervals=True)
+    assert "seeds 0, 1, 2" in str(named)  # a mean is one record of several seeds
     table.save(tmp_path, "t")
     (line,) = csv.DictReader((tmp_path / "t.csv").read_text().splitlines())
     assert (line["ours_mean"], line["ours_low"], line["ours_high"]) == (

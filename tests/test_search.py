@@ -20,6 +20,8 @@ from tvg_lib.moments import TimeGrid
 from tvg_lib.retrieval.data import RetrievalView
 from tvg_lib.retrieval.evaluation import score_matrix
 from tvg_lib.search import Retriever, VideoIndex, principal_directions, sketch_scores
+from tvg_lib.shapestories.film import write_mp4
+from tvg_lib.shapestories.generator import SHORT, write_script
 
 DIM = 6
 VIEW = RetrievalView(segments=5, max_frames=32, max_words=9)
@@ -457,3 +459,42 @@ def test_a_film_of_another_encoder_is_refused(index, tmp_path):
         bound.add_films(tmp_path, Encoder())
     with pytest.raises(DataError, match="found none"):
         index.add_films(tmp_path, Encoder())
+
+
+class Brightness:
+    """The mean colour of a window, as unit vectors of the library's width."""
+
+    name, dim, frames, size = "brightness", DIM, 1, (8, 8)
+    window, stride, resize = 1.0, 1.0, "stretch"
+    seen = 0
+
+    def encode(self, windows):
+        self.seen += len(windows)
+        means = np.zeros((len(windows), DIM), np.float32)
+        means[:, :3] = windows.mean((1, 2, 3)) / 255 + 0.1
+        return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+
+def test_a_folder_of_films_is_added_and_grows(tmp_path, monkeypatch):
+    monkeypatch.setenv("TVG_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "films"
+    folder.mkdir()
+    for number in (0, 1):
+        write_mp4(write_script(SHORT, "val", number), folder / f"film-{number}.mp4", fps=2)
+    (folder / "notes.txt").write_text("no film")
+    films = VideoIndex.create(tmp_path / "index", replace(made_retriever(), clips="brightness"))
+    films.add_films(folder, Brightness())
+    lengths = [write_script(SHORT, "val", number).duration for number in (0, 1)]
+    assert [video.id for video in films.videos] == ["film-0.mp4", "film-1.mp4"]
+    assert [video.duration for video in films.videos] == pytest.approx(lengths, abs=0.6)
+    answers = films.search("question 3", top=2)
+    assert {answer.video.id for answer in answers} == {"film-0.mp4", "film-1.mp4"}
+    assert all(0 <= a.start < a.end <= a.video.duration + 0.5 for a in answers)
+
+    write_mp4(write_script(SHORT, "val", 2), folder / "film-2.mp4", fps=2)
+    counting = Brightness()
+    films.add_films(folder, counting)
+    assert len(films) == 3
+    assert counting.seen == len(films.clips("film-2.mp4"))  # only the new one was read
+    again = VideoIndex.open(tmp_path / "index", replace(made_retriever(), clips="brightness"))
+    assert [video.id for video in again.videos] == [video.id for video in films.videos]

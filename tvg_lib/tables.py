@@ -381,10 +381,13 @@ def _origin(records: Sequence[RunRecord]) -> str:
     def joined(values: Iterable[str]) -> str:
         return ", ".join(sorted(set(values)))
 
-    seeds = ", ".join(str(seed) for seed in sorted(r.seed for r in records))
+    # A mean over seeds is one record, which names them.
+    mean = [r for r in records if r.variant.startswith("mean-of-")]
+    seen = sorted({r.seed for r in records} | {s for r in mean for s in r.parameters.get("seeds", ())})
+    seeds = ", ".join(str(seed) for seed in seen)
     commits = joined((r.commit or "no commit")[:7] + ("+" if r.dirty else "") for r in records)
     hardware = joined(r.environment.get("gpu") or r.environment.get("cpu", "") for r in records)
-    plural = "s" if len(records) > 1 else ""
+    plural = "s" if len(seen) > 1 else ""
     return (
         f"{records[0].dataset}, scale {records[0].scale}, seed{plural} {seeds}, commit {commits}, "
         f"{hardware}"

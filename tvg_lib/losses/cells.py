@@ -88,7 +88,7 @@ class CellLossConfig:
         end: what "squared" takes for P: the scores ("linear"), as equation 13 ends with the MLP, or
             their "sigmoid".
         whole_map: "squared" over all cells of the map, those below the diagonal included (as
-            printed), or over moments only.
+            printed), or over moments only. A banded map has no cells below the diagonal.
         positive_weight: of cells in proportion to their target, in "squared" and "binary".
         targets: "corner", equation 14's ones; "overlap", the IoU with the truth, rescaled so that
             `low` becomes 0.

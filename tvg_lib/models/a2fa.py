@@ -12,10 +12,11 @@
     alpha          A2FA.matching                   11
     V^a            A2FA.forward                    12
 
-No code of the authors is public. What the paper leaves open is an argument of `A2FA`, its default
-chosen on held-out recordings (notebook 42) and the printed form kept beside it:
+No code of the authors is public. What the paper leaves open is an argument of `A2FA`, with the
+printed form kept beside our default (notebook 42 compares them, as a whole and some by themselves):
 
-- features are scaled to length 1 first; equation 1 mixes q and v_i, whose lengths would count;
+- features are scaled to length 1 first (`unit_length`); equation 1 mixes q and v_i, whose lengths
+  would count;
 - the matrices start at the identity plus a learnt difference, so that matching starts as the
   similarity it is given (`start="similarity"`), or at Xavier's random ones, as printed;
 - equation 11 has no bias and no scale, and sigmoid(x) of a cosine is about 1/2 whatever the frame;
@@ -138,6 +139,7 @@ class A2FAConfig:
         pace: of the learnt differences at the start "similarity"; see `NearIdentity`.
         sharpness: factor on the cosines of equation 7 at the start "similarity".
         calibrated: standardise equation 11 over the video and learn its scale and shift.
+        unit_length: scale frames and sentences to length 1 first; off as printed.
         smoothing: frames averaged before everything else, an odd number; 1 as printed.
     """
 
@@ -149,6 +151,7 @@ class A2FAConfig:
     pace: float = 0.03
     sharpness: float = 10.0
     calibrated: bool = True
+    unit_length: bool = True
     smoothing: int = 1
 
     def __post_init__(self) -> None:
@@ -215,7 +218,7 @@ class A2FA(nn.Module):
             similar = config.start == "similarity"
             self.scale = nn.Parameter(torch.tensor(1.0))  # w
             self.shift = nn.Parameter(torch.tensor(1.0 if similar else 0.0))  # beta
-        self.calibration = Calibration(True, 1.0, -0.5) if config.calibrated else None
+        self.calibration = Calibration() if config.calibrated else None
 
     def _matrix(self) -> nn.Module:
         if self.config.start == "similarity":
@@ -271,11 +274,13 @@ class A2FA(nn.Module):
         return Alignment(zero_invalid(aligned, mask), mask, relevance)
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of length 1, and those that make the mask: the same, or another encoder's."""
-        features = F.normalize(x[..., : self.channels], dim=-1)
-        if not self.config.guide_channels:
-            return features, features
-        return features, F.normalize(x[..., self.channels :], dim=-1)
+        """The features, and those that make the mask: the same, or another encoder's."""
+        parts = [x[..., : self.channels]]
+        if self.config.guide_channels:
+            parts.append(x[..., self.channels :])
+        if self.config.unit_length:
+            parts = [F.normalize(part, dim=-1) for part in parts]
+        return parts[0], parts[-1]
 
 
 @dataclass(frozen=True)

@@ -115,25 +115,20 @@ def smoothed(x: Tensor, mask: Tensor, width: int) -> Tensor:
 
 
 class Calibration(nn.Module):
-    """A score of frames to a logit: an affine map with two learnt numbers.
+    """A score of frames to a logit: standardised over the video, then scaled and shifted.
 
-    Args:
-        relative: standardise over the frames of the video first: a query's best frame then stands
-            out whatever its absolute similarity.
-        scale, shift: where learning starts.
+    A query's best frame then stands out whatever its absolute similarity. Scale and shift are
+    learnt; they start so that a frame of usual similarity is below one half.
     """
 
-    def __init__(self, relative: bool, scale: float, shift: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.relative = relative
-        self.scale = nn.Parameter(torch.tensor(scale))
-        self.shift = nn.Parameter(torch.tensor(shift))
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.shift = nn.Parameter(torch.tensor(-0.5))
 
     def forward(self, scores: Tensor, mask: Tensor) -> Tensor:
         """Args: scores and mask (Q, T). Returns logits (Q, T), zero at invalid frames."""
-        if self.relative:
-            scores = standardised(scores, mask)
-        return ((scores * self.scale) + self.shift) * mask
+        return (standardised(scores, mask) * self.scale + self.shift) * mask
 
 
 class SimilarityAlignment(nn.Module):
@@ -147,7 +142,7 @@ class SimilarityAlignment(nn.Module):
     def __init__(self, channels: int, smoothing: int = 1) -> None:
         super().__init__()
         self.channels, self.smoothing = channels, smoothing
-        self.calibration = Calibration(relative=True, scale=1.0, shift=-0.5)
+        self.calibration = Calibration()
 
     def forward(self, inputs: AlignmentInput) -> Alignment:
         video = smoothed(inputs.video, inputs.mask, self.smoothing)
@@ -203,7 +198,7 @@ class CrossAttentionAlignment(nn.Module):
             for _ in range(layers)
         )
         self.score = nn.Linear(channels, 1)
-        self.calibration = Calibration(relative=True, scale=1.0, shift=-0.5)
+        self.calibration = Calibration()
 
     def forward(self, inputs: AlignmentInput) -> Alignment:
         frames, words = self.project(inputs)

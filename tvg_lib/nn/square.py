@@ -105,7 +105,7 @@ def fourier_convolution(x: Tensor, weight: Tensor) -> Tensor:
     """`F.conv2d(x, weight, padding="same")` for an odd square kernel, by Fourier transforms.
 
     Args:
-        x: (Q, I, N, M) of at least the kernel's half-width in both directions.
+        x: (Q, I, N, M) of at least the kernel's size in both directions.
         weight: (O, I, C, C) with C odd.
 
     Returns:

@@ -11,8 +11,11 @@ hand.
     trained = train_retriever(TVR.architecture, TVR.recipe, train_set, validation_set, scale="gpu")
 
 Known differences from the released loop: AdamW instead of BertAdam (which corrects no bias of its
-averages), and one norm of all gradients is clipped instead of each parameter's; the fused contrast,
-which fusion over time is trained by, has this library's weight.
+averages), and one norm of all gradients is clipped instead of each parameter's; embeddings, norms
+and the decays of Mamba are spared weight decay; Mamba and fusion start as Mamba's paper and PyTorch
+have them, where the released code draws all their linear layers anew, the steps of Mamba and the
+output of attention among them (with a bias of zero); the fused contrast, which fusion over time is
+trained by, has this library's weight.
 """
 
 from dataclasses import dataclass, replace
@@ -78,4 +81,4 @@ def _recipe(
 
 TVR = _recipe(mamfusion.TVR, 256, 200, 200, 4.5e-4, 20, 0.027, 0.045, 0.015, 0.2)
 ACTIVITYNET = _recipe(mamfusion.ACTIVITYNET, 64, 200, 200, 4.5e-4, 20, 0.027, 0.045, 0.015, 0.2)
-CHARADES = _recipe(mamfusion.CHARADES, 64, 400, 10, 3.8e-4, 100, 0.008, 0.01, 0.005, 0.15)
+CHARADES = _recipe(mamfusion.CHARADES, 64, 400, 11, 3.8e-4, 100, 0.008, 0.01, 0.005, 0.15)
