@@ -382,8 +382,8 @@ def _origin(records: Sequence[RunRecord]) -> str:
         return ", ".join(sorted(set(values)))
 
     # A mean over seeds is one record, which names them.
-    mean = [r for r in records if r.variant.startswith("mean-of-")]
-    seen = sorted({r.seed for r in records} | {s for r in mean for s in r.parameters.get("seeds", ())})
+    means = [r.parameters.get("seeds", ()) for r in records if r.variant.startswith("mean-of-")]
+    seen = sorted({r.seed for r in records}.union(*means))
     seeds = ", ".join(str(seed) for seed in seen)
     commits = joined((r.commit or "no commit")[:7] + ("+" if r.dirty else "") for r in records)
     hardware = joined(r.environment.get("gpu") or r.environment.get("cpu", "") for r in records)

@@ -279,20 +279,22 @@ def draw_framework(levels: int = 4) -> Figure:
     figure, axes = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
     axes.set_axis_off()
     steps, left, wide = 16, 1.7, 0.29
-    moment, other = (4, 9), (11, 14)  # in steps of Z^0
+    moment, elsewhere = (4, 9), 12.5  # in steps of Z^0
     colour = {"target": COLOURS[0], "negative": COLOURS[1]}
     centres: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for level in range(levels + 1):
         stride = 2 ** max(level - 1, 0)
         y = 0.72 * level
-        for step in range(steps // stride):
-            at = step * stride
-            middle = sum(moment) / 2
-            kind = ""
-            if abs(at - middle) < 1.5 * stride and moment[0] < at < moment[1]:
-                kind = "target"
-            elif other[0] <= at <= other[1]:
-                kind = "negative"
+        at_level = range(0, steps, stride)
+        middle = sum(moment) / 2
+        targets = [
+            at for at in at_level if abs(at - middle) < 1.5 * stride and moment[0] < at < moment[1]
+        ]
+        outside = [at for at in at_level if not moment[0] < at < moment[1]]
+        # As many negatives as targets; they are drawn at random, here they lie together.
+        negatives = sorted(outside, key=lambda at: abs(at - elsewhere))[: len(targets)]
+        for at in at_level:
+            kind = "target" if at in targets else "negative" if at in negatives else ""
             x = left + at * wide
             face = colour.get(kind, PALE)
             place = (x, y), wide * stride * 0.86, 0.42
@@ -307,7 +309,11 @@ def draw_framework(levels: int = 4) -> Figure:
     arrow(axes, (1.35, -0.72), (left + 0.6, -0.05), INK)
     axes.text(left + 0.5, -0.5, "convolutions (eq. 1)", fontsize=8, color=QUIET, va="center")
     axes.text(
-        0.0, 1.6, "transformer\nblocks, each\nhalves the\nlength (2-4)", fontsize=8, color=QUIET
+        0.0,
+        1.6,
+        "transformer\nblocks; all but\nthe first halve\nthe length (2-4)",
+        fontsize=8,
+        color=QUIET,
     )
     (first, *_) = centres[(0, "target")]
     for level in range(1, levels + 1):

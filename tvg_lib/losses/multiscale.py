@@ -38,10 +38,8 @@ from tvg_lib.nn.pyramid import PointPredictions
 class ContrastConfig:
     """How moments are chosen and compared.
 
-    The defaults were chosen by mIoU on held-out videos, one seed each. Planted features, 5 epochs:
-    SnAG 59.1; sums of dot products (`AS_PRINTED`) 55.6, their means 66.3; means of cosines over
-    0.1, 0.2 and 0.5: 65.0, 63.3 and 60.3. Annotated queries of QVH-captions, 3 epochs: SnAG 27.5;
-    means of dot products 26.3, of cosines over 0.1 30.0. Notebook 32 trains these forms again.
+    The defaults were chosen by mIoU on held-out videos. Notebook 32 trains the printed form and
+    those between it and the defaults, each with its held-out mIoU in its record.
 
     Attributes:
         similarity: "cosine" of the features, or their "dot" product as printed.
