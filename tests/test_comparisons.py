@@ -70,6 +70,8 @@ def test_each_seed_and_the_mean_of_all_are_compared_and_recorded() -> None:
     # Two recordings with mean differences of 25 and 50: no draw of them leaves that range.
     assert 25 <= mean.metrics["R1@0.5"].low <= mean.metrics["R1@0.5"].high <= 50
     assert (mean.seconds, mean.parameters["seeds"]) == (4.0, [3, 4])
+    alone = records[name, "main", 4]
+    assert (alone.seconds, alone.parameters["seeds"]) == (2.0, [4])
     assert over_most_seeds(records.values(), name, "planted/test") == "mean-of-2"
     assert over_most_seeds([], name, "planted/test") == "mean-of-3"
 

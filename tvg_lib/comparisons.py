@@ -58,24 +58,24 @@ def compare(
     first = mine[0].record
     seeds = [test.record.seed for test in mine]
     pairs = [
-        (f"seed {seed}", "main", seed, a.report, b.report)
+        (f"seed {seed}", "main", [seed], a.report, b.report)
         for seed, a, b in zip(seeds, mine, cycle(base), strict=False)
     ]
     if len(seeds) > 1:
         averaged = [mean_report([test.report for test in tests]) for tests in (mine, base)]
-        pairs.append((f"mean of {len(seeds)}", f"mean-of-{len(seeds)}", seeds[0], *averaged))
+        pairs.append((f"mean of {len(seeds)}", f"mean-of-{len(seeds)}", seeds, *averaged))
     differences = {}
-    for label, variant, seed, a, b in pairs:
+    for label, variant, compared, a, b in pairs:
         differences[label] = a.minus(b)
         record = new_record(
             name or difference_name(first, base[0].record),
             first.dataset,
             first.scale,
-            seed,
+            compared[0],
             variant=variant,
-            parameters={"seeds": seeds, "method": first.parameters},
+            parameters={"seeds": compared, "method": first.parameters},
             metrics=differences[label],
-            seconds=sum(test.record.seconds for test in mine),
+            seconds=sum(t.record.seconds for t in mine if t.record.seed in compared),
             modules=modules,
             data_hash=first.data_hash,
         )
