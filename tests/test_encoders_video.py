@@ -347,6 +347,26 @@ def test_truncated_files_are_refused(tmp_path: Path, name: str) -> None:
     assert str(path) in str(raised.value)
 
 
+def test_the_end_of_a_long_film_is_missed(tmp_path: Path) -> None:
+    """Two per cent of a film of an hour are more than a minute."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (120, 32, 48, 3), dtype=np.uint8)
+    path = tmp_path / "hour.mp4"
+    write(
+        path,
+        [30.0 * k for k in range(121)],
+        lambda k: noise[k],
+        options={"bf": "0"},
+        container={"movflags": "faststart"},
+    )
+    assert read(path)[1] == pytest.approx(3600, abs=0.1)
+    with av.open(str(path)) as film:
+        last = max(packet.pos for packet in film.demux() if packet.size)
+    path.write_bytes(path.read_bytes()[:last])  # cut between two pictures, 30 s before the end
+    with pytest.raises(DataError, match=r"expected 3600\.0 s .* only 3570\.0 s"):
+        list(read_windows(path, PLAN))
+
+
 def test_a_cut_transport_stream_is_a_shorter_film(tmp_path: Path) -> None:
     """It promises no length, as recordings of broadcasts do not."""
     path = long_film(tmp_path / "film.ts", options={"bf": "0"})
