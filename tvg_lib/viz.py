@@ -91,7 +91,7 @@ def keep_figure(figure: Figure, scale: str, name: str, dataset: str) -> Path:
     """
     path = paths.runs(scale) / "figures" / f"{name}_{dataset.replace('/', '_')}.png"
     with paths.replacing(path) as temporary:
-        figure.savefig(temporary)
+        figure.savefig(temporary, bbox_inches="tight")
     return path
 
 
