@@ -21,7 +21,6 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,22 +29,20 @@ from tvg_lib import paths
 from tvg_lib.encoders.tiny import TinyDualEncoder
 from tvg_lib.results import environment
 from tvg_lib.shapestories.audit import best_clip_inside
-from tvg_lib.shapestories.dataset import FILMS, LENGTHS, level_of, load
+from tvg_lib.shapestories.dataset import FILMS, LENGTHS, benchmark, level_of, load
 from tvg_lib.shapestories.encoder import EncoderRecipe, tiny_dual_encoder, train_encoder
 from tvg_lib.shapestories.generator import SHORT, write_script
-from tvg_lib.shapestories.render import render
+from tvg_lib.shapestories.render import frames
 
 ONE_CLIP = ("action", "activity", "scene")
 
 
-def draw(number: int, rate: int = 24, chunk: int = 64) -> tuple[int, float]:
+def draw(number: int, rate: int = 24) -> tuple[int, float]:
     """Pictures of one film at `rate` a second, and the seconds that drawing them took."""
     script = write_script(SHORT, "val", number)
-    times = np.arange(0, script.duration, 1 / rate)
     started = time.perf_counter()
-    for first in range(0, len(times), chunk):
-        render(script, times[first : first + chunk])
-    return len(times), time.perf_counter() - started
+    pictures = sum(1 for _ in frames(script, rate))
+    return pictures, time.perf_counter() - started
 
 
 def drawing(films: int, jobs: int) -> dict[str, float]:
@@ -65,15 +62,14 @@ def drawing(films: int, jobs: int) -> dict[str, float]:
     }
 
 
-def making(scale: str, jobs: int) -> dict[str, float]:
-    """Seconds to make all films of a scale, by length."""
+def making(scale: str) -> dict[str, float]:
+    """Seconds to make all films of a scale, by length, with as many processes as threads."""
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TVG_CACHE"] = folder
-        for name, config in LENGTHS.items():
+        for name in LENGTHS:
             started = time.perf_counter()
-            for split, films in zip(("train", "val", "test"), FILMS[scale][name], strict=True):
-                load(config, split, films, workers=jobs)
+            benchmark(name, scale)
             seconds[name] = time.perf_counter() - started
             print(f"{name}: {seconds[name]:.0f} s", flush=True)
         del os.environ["TVG_CACHE"]
@@ -123,7 +119,7 @@ def main() -> None:
     print(record["pictures a second"], flush=True)
     record["seconds to make"] = {
         "scale": arguments.scale,
-        **making(arguments.scale, arguments.jobs),
+        **making(arguments.scale),
     }
     if arguments.train:
         record["encoder"] = learning(arguments.judged)

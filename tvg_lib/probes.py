@@ -162,7 +162,8 @@ def probe_levels(
     if len(groups) < 5:
         raise DataError(f"a probe needs five training recordings or more, found {len(groups)}")
     inner = np.isin(train.recordings, groups[::5])
-    bins = _bins(held_out.seconds, edges)
+    bins = {"": np.ones(len(held_out), bool)}
+    bins |= {f", {name}": members for name, members in length_bins(held_out.seconds, edges).items()}
     contributions = {}
     for name in train.names:
         x, y = train.features[name], train.content
@@ -186,11 +187,16 @@ def probe_levels(
     )
 
 
-def _bins(seconds: np.ndarray, edges: Sequence[float]) -> dict[str, np.ndarray]:
-    """Which moments (N,) each bin of lengths has, by the end of its metrics' names; first, all."""
-    bins = {"": np.ones(len(seconds), bool)}
+def length_bins(seconds: np.ndarray, edges: Sequence[float]) -> dict[str, np.ndarray]:
+    """Which of some lengths (N,) each bin has, by name, such as "10-20 s" and "over 40 s".
+
+    Args:
+        seconds: the lengths.
+        edges: seconds of the bins (low, high]; the last bin is open. Empty bins are left out.
+    """
+    bins = {}
     for low, high in pairwise([*edges, np.inf]):
-        name = f", over {low:g} s" if high == np.inf else f", {low:g}-{high:g} s"
+        name = f"over {low:g} s" if high == np.inf else f"{low:g}-{high:g} s"
         members = (seconds > low) & (seconds <= high)
         if members.any():
             bins[name] = members

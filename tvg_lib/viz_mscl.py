@@ -8,7 +8,6 @@ draw_framework            Figure 3: what the two losses connect
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,6 +25,7 @@ from tvg_lib.metrics import MetricReport
 from tvg_lib.metrics.bootstrap import Estimate, bootstrap
 from tvg_lib.models.point_grounder import PointGrounder
 from tvg_lib.moments import TimeGrid
+from tvg_lib.probes import length_bins
 from tvg_lib.viz import COLOURS, INK, PALE, QUIET, WIDTH, Interval
 from tvg_lib.viz_diagrams import arrow, box
 
@@ -52,14 +52,10 @@ def iou_by_length(
     lengths = np.array([_length(query) for query in dataset.queries])
     values = np.array([iou[query.id] for query in dataset.queries])
     recordings = np.array([dataset.recording_of(query) for query in dataset.queries])
-    found = {}
-    for low, high in pairwise(edges):
-        last = high == edges[-1]
-        chosen = (lengths > low) & ((lengths <= high) | last)
-        if chosen.any():
-            name = f"mIoU over {low:g} s" if last else f"mIoU {low:g}-{high:g} s"
-            found[name] = bootstrap(values[chosen], groups=recordings[chosen].tolist())
-    return found
+    return {
+        f"mIoU {name}": bootstrap(values[chosen], groups=recordings[chosen].tolist())
+        for name, chosen in length_bins(lengths, edges[:-1]).items()
+    }
 
 
 def draw_by_length(systems: Mapping[str, Mapping[str, Interval]], title: str = "") -> Figure:

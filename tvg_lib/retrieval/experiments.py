@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -209,7 +209,7 @@ def evaluate_rule(
         variant=variant,
         scale=scale,
         seed=0,
-        parameters=asdict(parameters) if is_dataclass(parameters) else parameters,
+        parameters=parameters,
         modules=("tvg_lib.retrieval.baselines", "tvg_lib.retrieval.evaluation"),
         seconds=time.perf_counter() - started,
     )
