@@ -56,6 +56,22 @@ class TestOrder:
         only = BatchPlan(dataset(), 100, 1, drop_last=True).epoch(0)
         assert [len(spec.samples) for spec in only] == [23]
 
+    def test_batches_of_similar_lengths_lose_nothing_and_mix_little(self):
+        videos = {f"v{n}": 20 * 2 ** (n % 3) + n for n in range(18)}  # three octaves of length
+        data = make_dataset(videos, [(f"v{n % 18}", [[2, 8]]) for n in range(50)], TWO_SECONDS)
+        plan = BatchPlan(data, 4, 2, similar_lengths=True)
+        specs = plan.epoch(0)
+        assert sorted(queries_of(specs)) == list(range(50))
+        assert [spec.number for spec in specs] == list(range(len(specs)))
+        lengths = [[data.videos[s.video_id].duration for s in spec.samples] for spec in specs]
+        assert sum(max(found) >= 2 * min(found) for found in lengths) <= 2  # one per border
+        longest = [max(found) for found in lengths]
+        assert longest != sorted(longest)  # long batches come among short ones
+        assert plan.epoch(0) == specs
+        assert plan.epoch(1) != [replace(spec, epoch=1) for spec in specs]
+        kept = replace(plan, drop_last=True).epoch(0)
+        assert all(len(spec.samples) == 4 for spec in kept)
+
     def test_sharing_splits_a_batch(self):
         spec = BatchPlan(dataset(), 5, 2).epoch(0)[0]
         for world in (1, 2, 3, 5):

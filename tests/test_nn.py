@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from grounding_data import mask_of, randomised
 from torch import nn
 
-from tvg_lib.nn import feed_forward, winograd
+from tvg_lib.nn import feed_forward, sequence, winograd
 from tvg_lib.nn.allocation import keep_freed_memory
 from tvg_lib.nn.attention import MultiHeadAttention, TransformerBlock, local_attention
 from tvg_lib.nn.convolution import thin_convolution
@@ -162,14 +162,15 @@ class TestMultiHeadAttention:
 
 
 class TestMaskedConvolution:
-    @pytest.mark.parametrize("steps", [12, 300])
+    @pytest.mark.parametrize(("steps", "wide"), [(12, 128), (300, 128), (300, 4)])
     @pytest.mark.parametrize(
         ("kernel", "stride", "groups", "outputs"),
         [(3, 1, 1, 4), (3, 1, 4, 4), (3, 1, 1, 1), (3, 2, 4, 4), (5, 2, 1, 4)],
     )
     def test_equals_a_convolution_of_each_sequence_alone(
-        self, kernel, stride, groups, outputs, steps
+        self, kernel, stride, groups, outputs, steps, wide, monkeypatch
     ):
+        monkeypatch.setattr(sequence, "WIDE", wide)  # small layers by Winograd's way, too
         torch.manual_seed(0)
         layer = MaskedConv1d(4, outputs, kernel, stride, groups, bias=True).double()
         nn.init.normal_(layer.bias)

@@ -44,7 +44,7 @@ class GroundingRecipe:
 
     Attributes:
         training: of the loop; its seed also orders the batches and draws the first weights.
-        videos_per_batch, queries_per_video, crop: of the batches.
+        videos_per_batch, queries_per_video, crop, similar_lengths: of the batches (`BatchPlan`).
         grid: which points answer for which moments (point grounders).
         decoding: from points to ranked moments, in validation and in the test.
         ks, thresholds: ranks and IoU of the recalls that are reported.
@@ -54,6 +54,7 @@ class GroundingRecipe:
     videos_per_batch: int = 4
     queries_per_video: int = 4
     crop: Crop | None = None
+    similar_lengths: bool = False
     grid: PointGrid = field(default_factory=PointGrid)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     ks: tuple[int, ...] = (1, 5)
@@ -196,7 +197,14 @@ def train_grounder(
     result = train(
         built,
         objective(),
-        BatchPlan(train_set, recipe.videos_per_batch, recipe.queries_per_video, seed, recipe.crop),
+        BatchPlan(
+            train_set,
+            recipe.videos_per_batch,
+            recipe.queries_per_video,
+            seed,
+            recipe.crop,
+            similar_lengths=recipe.similar_lengths,
+        ),
         recipe.training,
         paths.runs(scale) / "train" / f"{method}-{variant}-seed{seed}-{key}",
         validate=lambda candidate: (

@@ -6,6 +6,7 @@ of its queries, as SnAG trains. Every random choice is drawn from a generator se
 and a crop is the same however many processes share a batch.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -166,6 +167,9 @@ class BatchPlan:
         seed: of the order and of the crops.
         crop: random cropping, or None.
         drop_last: leave an incomplete last batch out.
+        similar_lengths: put videos of about the same length (within a factor of two) into one
+            batch, so that short ones are not padded to long ones. Which ones, and the order of the
+            batches, stay random.
     """
 
     dataset: GroundingDataset
@@ -174,6 +178,7 @@ class BatchPlan:
     seed: int = 0
     crop: Crop | None = None
     drop_last: bool = False
+    similar_lengths: bool = False
 
     def __post_init__(self) -> None:
         if self.videos_per_batch < 1 or self.queries_per_video < 1:
@@ -189,15 +194,25 @@ class BatchPlan:
             positions = rng.permutation(self.dataset.positions_of(video_id))
             for group in self._groups(video_id, positions):
                 samples.extend(_samples(video_id, group, self.queries_per_video))
-        order = rng.permutation(len(samples))
         size = self.videos_per_batch
+        order = rng.permutation(len(samples))
+        if self.drop_last and len(order) > size:
+            order = order[: len(order) // size * size]
+        if self.similar_lengths:
+            octaves = np.array([self._octave(sample.video_id) for sample in samples])
+            order = order[np.argsort(octaves[order], kind="stable")]
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        if self.drop_last and len(batches) > 1 and len(batches[-1]) < size:
-            batches.pop()
+        if self.similar_lengths:
+            batches = [batches[number] for number in rng.permutation(len(batches))]
         return [
             BatchSpec(epoch, number, tuple(samples[i] for i in batch))
             for number, batch in enumerate(batches)
         ]
+
+    def _octave(self, video_id: str) -> int:
+        """Videos of the same octave differ in length by less than a factor of two."""
+        video = self.dataset.videos[video_id]
+        return math.frexp(video.duration / video.grid.step)[1]
 
     def _groups(self, video_id: str, positions: np.ndarray) -> list[np.ndarray]:
         """Queries that may be asked together: of a video longer than a crop, those of one stretch.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tvg_lib.nn.convolution import depthwise_convolution, thin_convolution
 from tvg_lib.nn.winograd import winograd_convolution
 
-SHORT = 256  # steps below which a convolution is not worth transforming
+LONG, WIDE = 256, 128  # steps and channels from which Winograd's transformations pay
 
 
 def zero_invalid(x: Tensor, mask: Tensor) -> Tensor:
@@ -98,7 +98,8 @@ class MaskedConv1d(nn.Conv1d):
             return y[:, :: self.stride[0]]  # twice the arithmetic costs less than transposing
         fast = fast and self.stride == (1,)
         thin = 3 * self.out_channels <= self.in_channels
-        if fast and self.groups == 1 and not thin and x.shape[1] >= SHORT:
+        large = x.shape[1] >= LONG and min(self.in_channels, self.out_channels) >= WIDE
+        if fast and self.groups == 1 and large and not thin:
             y = winograd_convolution(x, mask, self.weight)
             return y if self.bias is None else y + self.bias
         x = zero_invalid(x, mask)
