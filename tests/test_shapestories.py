@@ -400,6 +400,17 @@ def test_a_circle_is_what_a_fine_raster_says() -> None:
     assert np.median(blend) < 0.12
 
 
+def test_who_has_left_is_gone_at_once() -> None:
+    """At the very time of an exit, where a frame of an mp4 may stand."""
+    script = write_script(MEDIUM, "val", 0)
+    exits = [stay for stay in script.stays if stay.end < script.duration]
+    assert exits
+    radius = poses(script, np.array([stay.end for stay in exits])).radius
+    for row, stay in zip(radius, exits, strict=True):
+        back = any(s.actor == stay.actor and s.start <= stay.end < s.end for s in script.stays)
+        assert back or row[stay.actor] == 0
+
+
 def motion(script: Script, actor: int, start: float, end: float) -> dict[str, np.ndarray]:
     pose = poses(script, np.linspace(start, end, 200, endpoint=False))
     keys = ("x", "y", "radius", "angle")

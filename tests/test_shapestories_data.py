@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tvg_lib import paths
 from tvg_lib.augmentation import joined
@@ -46,7 +47,7 @@ from tvg_lib.shapestories.encoder import (
 from tvg_lib.shapestories.generator import LONG, MEDIUM, SHORT, write_script
 from tvg_lib.shapestories.language import parse, vocabulary
 from tvg_lib.shapestories.pairs import View
-from tvg_lib.shapestories.questions import LEVELS, unseen
+from tvg_lib.shapestories.questions import LEVELS, ask, unseen
 from tvg_lib.shapestories.render import render
 from tvg_lib.training import TrainingConfig
 
@@ -148,6 +149,17 @@ def test_films_made_side_by_side_are_the_same(
     for key in alone.videos:
         np.testing.assert_allclose(together.clips(key), alone.clips(key), atol=2e-3)
     assert [q.text for q in together.queries] == [q.text for q in alone.queries]
+
+
+def test_features_do_not_depend_on_the_machine() -> None:
+    """Pinned, made elsewhere: other pictures or other weights want new features and new results."""
+    expected = load_file(Path(__file__).with_name("shapestories_features.safetensors"))
+    script = write_script(SHORT, "val", 0)
+    encoder = tiny_dual_encoder()
+    clips = encode_film(script, encoder)[::8]
+    sentences = encoder.text.encode([question.text for question in ask(script, SHORT)])
+    for name, found in {"clips": clips, "sentences": sentences}.items():
+        np.testing.assert_allclose(found, expected[name].float().numpy(), atol=2e-3, err_msg=name)
 
 
 def test_a_damaged_film_is_named(toy: TinyDualEncoder, own_cache: Path) -> None:

@@ -119,8 +119,8 @@ def poses(script: Script, times: np.ndarray, scale: float = 1.0) -> Poses:
     home, there = np.zeros((N, A)), np.zeros((N, A), bool)
     drift = np.arange(A) * 2.4
     for stay in script.stays:
-        if stay.start <= last and first <= stay.end:
-            now, a = (stay.start <= times) & (times <= stay.end), stay.actor
+        if stay.start <= last and first < stay.end:
+            now, a = (stay.start <= times) & (times < stay.end), stay.actor
             there[now, a], home[now, a] = True, stay.x
             x[now, a] = stay.x + 0.015 * np.sin(0.9 * times[now] + drift[a])
             y[now, a] = stay.y + 0.012 * np.sin(0.7 * times[now] + 2 * drift[a])
