@@ -1,9 +1,10 @@
 """How long a point grounder takes, and how much memory, against the length of the video.
 
 The scripts `snag.py` and `hieramamba.py` name a model; what is measured is here. One video of
-random features, queries of 20 to 48 words, float32 (bfloat16 autocast with `--bf16`). Four modes:
+random features, queries of 20 to 48 words, float32 (bfloat16 autocast with `--bf16`). Five modes:
 
-    training    forward, loss and backward, as in training: with dropout, gradients thrown away
+    training    forward, released losses and backward, with dropout; gradients are thrown away
+    detection   the same with the losses of detection alone: what is more is contrast
     inference   everything from features to ranked moments
     encoding    the video alone, once for all queries
     question    one query of a video that is encoded already, from its words to ranked moments
@@ -27,7 +28,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,7 +42,7 @@ from tvg_lib.nn.points import PointGrid
 from tvg_lib.nn.pyramid import PointPredictions
 from tvg_lib.results import environment
 
-MODES = ("training", "inference", "encoding", "question")
+MODES = ("training", "detection", "inference", "encoding", "question")
 SHORTEST, LONGEST = 20, 48  # words of a query
 
 
@@ -76,16 +77,20 @@ def ranked(output: PointPredictions) -> tuple[Tensor, Tensor]:
 
 
 def work(
-    mode: str, model: PointGrounder, batch: GroundingBatch, precision: AbstractContextManager
+    mode: str,
+    model: PointGrounder,
+    objective: nn.Module,
+    batch: GroundingBatch,
+    precision: AbstractContextManager,
 ) -> Callable[[], object]:
     """What a mode repeats."""
-    objective = DetectionObjective().to(batch.video.device)
 
     def training() -> None:
         with precision:
             output = model(batch)
         objective(output, batch)["total"].backward()
         model.zero_grad(set_to_none=True)
+        objective.zero_grad(set_to_none=True)
 
     @torch.inference_mode()
     def inference() -> object:
@@ -98,7 +103,8 @@ def work(
             return model.encode_video(batch.video, batch.video_mask)
 
     if mode != "question":
-        return {"training": training, "inference": inference, "encoding": encoding}[mode]
+        alone = {"inference": inference, "encoding": encoding}
+        return alone.get(mode, training)
     encoded = encoding()
 
     @torch.inference_mode()
@@ -111,18 +117,24 @@ def work(
 
 
 def once(
-    mode: str, clips: int, build: Callable[[], PointGrounder], arguments: argparse.Namespace
+    mode: str,
+    clips: int,
+    build: Callable[[], PointGrounder],
+    released: Callable[[], nn.Module],
+    arguments: argparse.Namespace,
 ) -> dict[str, object]:
     """Measure one mode at one length in this process."""
     torch.manual_seed(0)
     device = torch.device(arguments.device)
-    model = build().to(device).train(mode == "training")
+    steps = mode in ("training", "detection")
+    model = build().to(device).train(steps)
+    objective = (DetectionObjective if mode == "detection" else released)().to(device).train()
     queries = 1 if mode == "question" else arguments.queries
     widths = model.config.video_dim, model.config.text_dim
     batch = random_batch(clips, queries, *widths).to(device)
     on_gpu = device.type == "cuda"
     autocast = torch.autocast(device.type, torch.bfloat16) if arguments.bf16 else nullcontext()
-    run = work(mode, model, batch, autocast)
+    run = work(mode, model, objective, batch, autocast)
     before = torch.cuda.memory_allocated() / 2**20 if on_gpu else resident()
     seconds = []
     for _ in range(arguments.rounds + 1):  # the first warms up
@@ -175,13 +187,19 @@ def exponents(rows: list[dict]) -> dict[str, float]:
     return fitted
 
 
-def main(script: str, configuration: str, build: Callable[[], PointGrounder]) -> None:
+def main(
+    script: str,
+    configuration: str,
+    build: Callable[[], PointGrounder],
+    released: Callable[[], nn.Module],
+) -> None:
     """Start a process per mode and length, and write the JSON file.
 
     Args:
         script: the file that calls this, started again for every measurement.
         configuration: its name in the record.
         build: makes the model; its `config` gives the widths of the features.
+        released: makes the losses that it is trained by.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
@@ -198,7 +216,7 @@ def main(script: str, configuration: str, build: Callable[[], PointGrounder]) ->
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.single:
-        print(json.dumps(once(arguments.modes[0], arguments.clips[0], build, arguments)))
+        print(json.dumps(once(arguments.modes[0], arguments.clips[0], build, released, arguments)))
         return
     if arguments.out is None:
         parser.error("--out is needed")

@@ -10,7 +10,8 @@ The released TACoS configuration; 54,000 clips are three hours at five clips a s
 
 from grounders import main
 
-from tvg_lib.models.hieramamba import TACOS, HieraMamba
+from tvg_lib.models.hieramamba import HieraMamba
+from tvg_lib.recipes import HIERAMAMBA_TACOS as TACOS
 
 if __name__ == "__main__":
-    main(__file__, "TACOS", lambda: HieraMamba(TACOS))
+    main(__file__, "TACOS", lambda: HieraMamba(TACOS.architecture), TACOS.objective)

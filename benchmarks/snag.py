@@ -8,7 +8,8 @@ The released TACoS configuration.
 
 from grounders import main
 
-from tvg_lib.models.snag import TACOS, SnAG
+from tvg_lib.models.snag import SnAG
+from tvg_lib.recipes import TACOS
 
 if __name__ == "__main__":
-    main(__file__, "TACOS", lambda: SnAG(TACOS))
+    main(__file__, "TACOS", lambda: SnAG(TACOS.architecture), TACOS.objective)

@@ -96,8 +96,12 @@ def _convolve(x: Tensor, mask: Tensor, filters: Tensor) -> Tensor:
     for row, valid, out in zip(x, mask, y, strict=True):
         for tiles, part in zip(_tiles(row, valid), out.split(STEPS), strict=True):
             products = torch.bmm(_transform(_INPUT, tiles).transpose(0, 1), filters)
-            steps = _transform(_OUTPUT, products.transpose(0, 1)).flatten(0, 1)
-            part.copy_(steps[: len(part)])  # the last tile may stick out
+            whole = len(part) // OUTPUTS  # tiles; one more may stick out
+            place = part[: whole * OUTPUTS].unflatten(0, (whole, OUTPUTS))
+            _transform(_OUTPUT, products[:, :whole].transpose(0, 1), out=place)
+            if whole < products.shape[1]:
+                rest = _transform(_OUTPUT, products[:, whole:].transpose(0, 1))[0]
+                part[whole * OUTPUTS :] = rest[: len(part) - whole * OUTPUTS]
     return y
 
 
@@ -118,8 +122,10 @@ def _tiles(row: Tensor, valid: Tensor) -> Iterator[Tensor]:
         yield padded.unfold(0, INPUTS, OUTPUTS).transpose(1, 2)
 
 
-def _transform(matrix: tuple, tiles: Tensor, transpose: bool = False) -> Tensor:
+def _transform(
+    matrix: tuple, tiles: Tensor, transpose: bool = False, out: Tensor | None = None
+) -> Tensor:
     """A small constant matrix from the left on every tile (tiles, n, C)."""
     factor = tiles.new_tensor(matrix)
     factor = factor.t() if transpose else factor
-    return torch.bmm(factor.expand(len(tiles), -1, -1), tiles)
+    return torch.bmm(factor.expand(len(tiles), -1, -1), tiles, out=out)
