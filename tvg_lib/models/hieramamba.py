@@ -22,13 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tvg_lib.models.point_grounder import EncodedText, PointGrounder
-from tvg_lib.models.snag import ClipEmbedding, SnagConfig, text_encoder
+from tvg_lib.models.point_grounder import EncodedText
+from tvg_lib.models.snag import ClipEmbedding, SnAG, SnagConfig
 from tvg_lib.nn.anchor_pooling import AnchorPooling, Pooling, group, interleave, separate
 from tvg_lib.nn.attention import TransformerBlock
 from tvg_lib.nn.dropout import Dropout
-from tvg_lib.nn.fusion import LateFusion
-from tvg_lib.nn.pyramid import ClassificationHead, PointPredictions, Pyramid, RegressionHead
+from tvg_lib.nn.pyramid import PointPredictions, Pyramid
 from tvg_lib.nn.sequence import LayerScale, pad_time, zero_invalid
 from tvg_lib.ssm import Hydra, Mamba2
 
@@ -349,8 +348,8 @@ class ProjectedClips:
         return ProjectedClips(self.features[rows], self.mask[rows])
 
 
-class HieraMamba(PointGrounder):
-    """The whole model of a `HieraMambaConfig`.
+class HieraMamba(SnAG):
+    """The whole model of a `HieraMambaConfig`: SnAG with another video encoder.
 
     With late fusion alone a video is encoded once for all its queries. With early fusion
     `encode_video` only projects the clips and `predict` encodes the video anew for every query:
@@ -358,29 +357,15 @@ class HieraMamba(PointGrounder):
     """
 
     def __init__(self, config: HieraMambaConfig) -> None:
-        words = text_encoder(config)
-        early = config.early_fusion
-        super().__init__(
-            video_encoder=VideoMamba(config, config.channels if early else config.video_dim),
-            text_encoder=words,
-            fusion=LateFusion(
-                config.channels,
-                words.channels,
-                layers=config.fusion_layers,
-                heads=config.fusion_heads,
-                modulation=config.modulation,
-                attention_dropout=config.attention_dropout,
-                dropout=config.dropout,
-                drop_path=config.drop_path,
-            ),
-            classification=ClassificationHead(config.channels, config.head_layers, config.prior),
-            regression=RegressionHead(config.channels, config.levels, config.head_layers),
-        )
+        super().__init__(config)
         self.video_projection = None
-        if early:
+        if config.early_fusion:
             self.video_projection = nn.Linear(config.video_dim, config.channels)
             nn.init.zeros_(self.video_projection.bias)
-        self.config = config
+
+    @staticmethod
+    def _video_encoder(config: "HieraMambaConfig") -> nn.Module:
+        return VideoMamba(config, config.channels if config.early_fusion else config.video_dim)
 
     def encode_video(self, video: Tensor, mask: Tensor) -> AnchorPyramid | ProjectedClips:
         """All that needs no query. Args: video (B, T, C), mask (B, T)."""

@@ -196,7 +196,7 @@ class SnagConfig:
 
 
 def text_encoder(config: SnagConfig) -> TextTransformer | TextProjection:
-    """The text encoder that a configuration describes; HieraMamba uses the same two."""
+    """The text encoder that a configuration describes."""
     if config.text_encoder == "projection":
         return TextProjection(
             config.text_dim,
@@ -228,22 +228,7 @@ class SnAG(PointGrounder):
     def __init__(self, config: SnagConfig) -> None:
         words = text_encoder(config)
         super().__init__(
-            video_encoder=VideoTransformer(
-                config.video_dim,
-                config.channels,
-                heads=config.heads,
-                levels=config.levels,
-                stem=config.stem,
-                window=config.window,
-                max_length=config.max_clips,
-                convolutions=config.embedding_convolutions,
-                stride=config.input_stride,
-                positions=config.positions,
-                attention_dropout=config.attention_dropout,
-                dropout=config.dropout,
-                drop_path=config.drop_path,
-                stretch_over_padding=config.stretch_over_padding,
-            ),
+            video_encoder=self._video_encoder(config),
             text_encoder=words,
             fusion=LateFusion(
                 config.channels,
@@ -259,6 +244,26 @@ class SnAG(PointGrounder):
             regression=RegressionHead(config.channels, config.levels, config.head_layers),
         )
         self.config = config
+
+    @staticmethod
+    def _video_encoder(config: SnagConfig) -> nn.Module:
+        """What other models put something else in place of."""
+        return VideoTransformer(
+            config.video_dim,
+            config.channels,
+            heads=config.heads,
+            levels=config.levels,
+            stem=config.stem,
+            window=config.window,
+            max_length=config.max_clips,
+            convolutions=config.embedding_convolutions,
+            stride=config.input_stride,
+            positions=config.positions,
+            attention_dropout=config.attention_dropout,
+            dropout=config.dropout,
+            drop_path=config.drop_path,
+            stretch_over_padding=config.stretch_over_padding,
+        )
 
 
 # The released configurations, by their data set and features.
