@@ -1,10 +1,10 @@
 """How long a point grounder takes, and how much memory, against the length of the video.
 
 The scripts `snag.py` and `hieramamba.py` name a model; what is measured is here. One video of
-random features, queries of 20 to 48 words, float32 (bfloat16 autocast with `--bf16`). Five modes:
+random features, queries of 20 to 48 words, float32 (bfloat16 autocast with `--bf16`). The modes:
 
     training    forward, released losses and backward, with dropout; gradients are thrown away
-    detection   the same with the losses of detection alone: what is more is contrast
+    detection   the same without the contrastive losses, where the model is trained by such
     inference   everything from features to ranked moments
     encoding    the video alone, once for all queries
     question    one query of a video that is encoded already, from its words to ranked moments
@@ -23,8 +23,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,14 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tvg_lib import paths
 from tvg_lib.data.batching import GroundingBatch
 from tvg_lib.decoding import DecodingConfig, decode, point_moments
-from tvg_lib.losses.detection import DetectionObjective
 from tvg_lib.models.point_grounder import PointGrounder
 from tvg_lib.moments import TACOS_C3D
 from tvg_lib.nn.points import PointGrid
 from tvg_lib.nn.pyramid import PointPredictions
 from tvg_lib.results import environment
 
-MODES = ("training", "detection", "inference", "encoding", "question")
+READING = ("inference", "encoding", "question")  # modes without losses
 SHORTEST, LONGEST = 20, 48  # words of a query
 
 
@@ -76,21 +76,24 @@ def ranked(output: PointPredictions) -> tuple[Tensor, Tensor]:
     return decode(*point_moments(output, PointGrid(), DecodingConfig()), DecodingConfig())
 
 
-def work(
-    mode: str,
+def training(
     model: PointGrounder,
     objective: nn.Module,
     batch: GroundingBatch,
     precision: AbstractContextManager,
-) -> Callable[[], object]:
-    """What a mode repeats."""
+) -> None:
+    """A step without an optimiser."""
+    with precision:
+        loss = objective(model(batch), batch)["total"]
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    objective.zero_grad(set_to_none=True)
 
-    def training() -> None:
-        with precision:
-            output = model(batch)
-        objective(output, batch)["total"].backward()
-        model.zero_grad(set_to_none=True)
-        objective.zero_grad(set_to_none=True)
+
+def reading(
+    mode: str, model: PointGrounder, batch: GroundingBatch, precision: AbstractContextManager
+) -> Callable[[], object]:
+    """What one of `READING` repeats."""
 
     @torch.inference_mode()
     def inference() -> object:
@@ -103,8 +106,7 @@ def work(
             return model.encode_video(batch.video, batch.video_mask)
 
     if mode != "question":
-        alone = {"inference": inference, "encoding": encoding}
-        return alone.get(mode, training)
+        return inference if mode == "inference" else encoding
     encoded = encoding()
 
     @torch.inference_mode()
@@ -120,21 +122,23 @@ def once(
     mode: str,
     clips: int,
     build: Callable[[], PointGrounder],
-    released: Callable[[], nn.Module],
+    objectives: Mapping[str, Callable[[], nn.Module]],
     arguments: argparse.Namespace,
 ) -> dict[str, object]:
     """Measure one mode at one length in this process."""
     torch.manual_seed(0)
     device = torch.device(arguments.device)
-    steps = mode in ("training", "detection")
-    model = build().to(device).train(steps)
-    objective = (DetectionObjective if mode == "detection" else released)().to(device).train()
+    model = build().to(device).train(mode in objectives)
     queries = 1 if mode == "question" else arguments.queries
     widths = model.config.video_dim, model.config.text_dim
     batch = random_batch(clips, queries, *widths).to(device)
     on_gpu = device.type == "cuda"
     autocast = torch.autocast(device.type, torch.bfloat16) if arguments.bf16 else nullcontext()
-    run = work(mode, model, objective, batch, autocast)
+    if mode in objectives:
+        objective = objectives[mode]().to(device).train()
+        run = partial(training, model, objective, batch, autocast)
+    else:
+        run = reading(mode, model, batch, autocast)
     before = torch.cuda.memory_allocated() / 2**20 if on_gpu else resident()
     seconds = []
     for _ in range(arguments.rounds + 1):  # the first warms up
@@ -176,7 +180,7 @@ def multiplication_rate(device: torch.device) -> float:
 def exponents(rows: list[dict]) -> dict[str, float]:
     """Per mode, the p of the straight line log(seconds) = p log(clips) + c through its rows."""
     fitted = {}
-    for mode in MODES:
+    for mode in dict.fromkeys(row["mode"] for row in rows):
         points = [
             (math.log(row["clips"]), math.log(row["fastest"]))
             for row in rows
@@ -191,7 +195,7 @@ def main(
     script: str,
     configuration: str,
     build: Callable[[], PointGrounder],
-    released: Callable[[], nn.Module],
+    objectives: Mapping[str, Callable[[], nn.Module]],
 ) -> None:
     """Start a process per mode and length, and write the JSON file.
 
@@ -199,8 +203,9 @@ def main(
         script: the file that calls this, started again for every measurement.
         configuration: its name in the record.
         build: makes the model; its `config` gives the widths of the features.
-        released: makes the losses that it is trained by.
+        objectives: makes the losses of each mode that trains.
     """
+    modes = [*objectives, *READING]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cpu")
@@ -208,7 +213,7 @@ def main(
     parser.add_argument("--queries", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of torch; its own choice where not given")
-    parser.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES))
+    parser.add_argument("--modes", choices=modes, nargs="+", default=modes)
     parser.add_argument("--clips", type=int, nargs="+", default=[2304])
     parser.add_argument("--append", action="store_true", help="to the rows that the record has")
     parser.add_argument("--single", action="store_true", help=argparse.SUPPRESS)  # one measurement
@@ -216,7 +221,9 @@ def main(
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.single:
-        print(json.dumps(once(arguments.modes[0], arguments.clips[0], build, released, arguments)))
+        print(
+            json.dumps(once(arguments.modes[0], arguments.clips[0], build, objectives, arguments))
+        )
         return
     if arguments.out is None:
         parser.error("--out is needed")
@@ -243,7 +250,7 @@ def main(
                 f"{rows[-1]['peak_mib']:.0f} MiB over the loaded model",
                 flush=True,
             )
-    rows.sort(key=lambda row: (MODES.index(row["mode"]), row["clips"]))
+    rows.sort(key=lambda row: (modes.index(row["mode"]), row["clips"]))
     record = {
         "configuration": configuration,
         "precision": "bf16 autocast" if arguments.bf16 else "float32",

@@ -11,7 +11,12 @@ The released TACoS configuration; 54,000 clips are three hours at five clips a s
 from grounders import main
 
 from tvg_lib.models.hieramamba import HieraMamba
-from tvg_lib.recipes import HIERAMAMBA_TACOS as TACOS
+from tvg_lib.recipes import HIERAMAMBA_TACOS, TACOS
 
 if __name__ == "__main__":
-    main(__file__, "TACOS", lambda: HieraMamba(TACOS.architecture), TACOS.objective)
+    main(
+        __file__,
+        "TACOS",
+        lambda: HieraMamba(HIERAMAMBA_TACOS.architecture),
+        {"training": HIERAMAMBA_TACOS.objective, "detection": TACOS.objective},
+    )

@@ -12,4 +12,4 @@ from tvg_lib.models.snag import SnAG
 from tvg_lib.recipes import TACOS
 
 if __name__ == "__main__":
-    main(__file__, "TACOS", lambda: SnAG(TACOS.architecture), TACOS.objective)
+    main(__file__, "TACOS", lambda: SnAG(TACOS.architecture), {"training": TACOS.objective})

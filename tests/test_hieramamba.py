@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from grounding_data import SMALL, make_batch, make_dataset, mask_of, randomised, small_snag
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_snag import assert_same_answers, padded, valid_outputs
 
@@ -18,7 +20,8 @@ from tvg_lib.losses.contrastive import anchor_contrast, segment_contrast
 from tvg_lib.losses.detection import DetectionObjective
 from tvg_lib.losses.hieramamba import AnchorContrast, HieraMambaObjective, SegmentContrast
 from tvg_lib.models import hieramamba
-from tvg_lib.models.hieramamba import AnchorMambaPooling, HieraMamba, HieraMambaConfig
+from tvg_lib.models.hieramamba import HieraMamba, HieraMambaConfig
+from tvg_lib.nn.anchor_mamba import AnchorMambaPooling
 from tvg_lib.nn.anchor_pooling import AnchorPooling, group, interleave, separate
 
 TINY = HieraMambaConfig(
@@ -214,6 +217,28 @@ class TestPaddingAndBatches:
                 query_video=torch.tensor([0]),
             )
             assert_same_answers(together, model(alone), [query], [0])
+
+    @settings(max_examples=12, deadline=None)
+    @given(
+        lengths=st.lists(st.integers(1, 80), min_size=1, max_size=4),
+        words=st.lists(st.integers(1, 9), min_size=4, max_size=4),
+        more=st.integers(0, 70),
+    )
+    def test_any_video_is_answered_as_if_it_were_alone(self, lengths, words, more):
+        model = small()
+        videos = range(len(lengths))
+        batch = make_batch(lengths, list(videos), words[: len(lengths)])
+        together = model(padded(batch, clips=more, words=2))
+        for video in videos:
+            own = replace(
+                batch,
+                video=batch.video[[video], : lengths[video]],
+                video_mask=batch.video_mask[[video], : lengths[video]],
+                text=batch.text[[video], : words[video]],
+                text_mask=batch.text_mask[[video], : words[video]],
+                query_video=torch.tensor([0]),
+            )
+            assert_same_answers(together, model(own), [video], [0])
 
     @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of PyTorch's RMS norm
     @variants

