@@ -80,7 +80,7 @@ def _row(axes: Axes, parts: list[tuple[float, float, str]], y: float) -> list[tu
 
 def draw_hieramamba() -> Figure:
     """The pipeline, the inside of one block, and what the two contrastive losses compare."""
-    figure, axes = _canvas(12.2, -3.75, 2.15, 5.4)
+    figure, axes = _canvas(12.2, -4.6, 2.15, 6.0)
     axes.text(0, 1.85, "(a) pipeline", fontsize=9, weight="bold")
     _, embed, _, fusion, _ = _row(
         axes,
@@ -126,23 +126,42 @@ def draw_hieramamba() -> Figure:
         arrow(axes, parts[-1][1], target[0])
 
     axes.text(0, -2.35, "(c) losses beside detection, per level", fontsize=9, weight="bold")
-    box(
-        axes,
-        0.0,
-        -3.3,
-        5.6,
-        "ACC: an anchor resembles the tokens it stands for,\nnot far-away anchors of the video",
-        edge=COLOURS[1],
-    )
-    box(
-        axes,
-        6.3,
-        -3.3,
-        5.6,
-        "SPC: points of a moment resemble their mean,\npoints outside of it do not",
-        edge=COLOURS[0],
-    )
+    _draw_acc(axes, 0.0, -3.2)
+    _draw_spc(axes, 6.4, -3.2)
     return figure
+
+
+def _draw_acc(axes: Axes, x: float, y: float) -> None:
+    """One anchor, its two tokens and the far anchors that it is told apart from."""
+    own, gap, step = 4, 2, 0.6
+    for n in range(9):
+        near = 0 < abs(n - own) <= gap
+        face = PALE if near else COLOURS[1]
+        axes.add_patch(Rectangle((x + step * n, y), 0.26, 0.34, color=face, linewidth=0))
+        if abs(n - own) > gap:
+            start, end = (x + step * own + 0.13, y + 0.36), (x + step * n + 0.13, y + 0.36)
+            arrow(axes, start, end, QUIET, curve=0.25 if n < own else -0.25, dashed=True)
+    for side in (-0.18, 0.18):
+        token = x + step * own + 0.13 + side
+        axes.add_patch(Rectangle((token - 0.13, y - 0.75), 0.26, 0.34, color=COLOURS[0]))
+        arrow(axes, (x + step * own + 0.13, y - 0.02), (token, y - 0.4), COLOURS[0])
+    text = "ACC: like its two tokens (blue), unlike far anchors; near ones (pale) do not count"
+    axes.text(x, y - 1.1, text, fontsize=7, color=QUIET, va="top")
+
+
+def _draw_spc(axes: Axes, x: float, y: float) -> None:
+    """The points of one level: those of the moment and their mean, those outside of it."""
+    step, inside = 0.6, range(3, 6)
+    axes.add_patch(Rectangle((x + step * 3 - 0.12, y - 0.87), step * 3 - 0.1, 0.58, color=PALE))
+    mean = x + step * 4 + 0.13, y + 0.2
+    axes.plot(*mean, marker="*", markersize=12, color=COLOURS[0])
+    for n in range(9):
+        point = x + step * n + 0.13
+        axes.plot(point, y - 0.58, "o", markersize=7, color=COLOURS[0] if n in inside else QUIET)
+        start, end = (mean[0], mean[1] - 0.1), (point, y - 0.42)
+        arrow(axes, start, end, COLOURS[0] if n in inside else QUIET, dashed=n not in inside)
+    text = "SPC: points of the moment like their mean (star), points outside of it unlike"
+    axes.text(x, y - 1.1, text, fontsize=7, color=QUIET, va="top")
 
 
 def draw_a2fa_f2sgd() -> Figure:
