@@ -47,10 +47,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tvg_lib import paths
 from tvg_lib.data.batching import GroundingBatch
 from tvg_lib.models import hieramamba, snag
+from tvg_lib.models.anchor_mamba import AnchorMambaPooling
 from tvg_lib.models.hieramamba import HieraMamba
 from tvg_lib.models.point_grounder import PointGrounder
 from tvg_lib.nn.allocation import keep_freed_memory
-from tvg_lib.nn.anchor_mamba import AnchorMambaPooling
 from tvg_lib.nn.attention import ConvolutionalProjection, MultiHeadAttention, TransformerBlock
 from tvg_lib.nn.feed_forward import FeedForward
 from tvg_lib.nn.fusion import CrossAttentionBlock

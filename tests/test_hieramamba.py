@@ -20,8 +20,8 @@ from tvg_lib.losses.contrastive import anchor_contrast, segment_contrast
 from tvg_lib.losses.detection import DetectionObjective
 from tvg_lib.losses.hieramamba import AnchorContrast, HieraMambaObjective, SegmentContrast
 from tvg_lib.models import hieramamba
+from tvg_lib.models.anchor_mamba import AnchorMambaPooling
 from tvg_lib.models.hieramamba import HieraMamba, HieraMambaConfig
-from tvg_lib.nn.anchor_mamba import AnchorMambaPooling
 from tvg_lib.nn.anchor_pooling import AnchorPooling, group, interleave, separate
 
 TINY = HieraMambaConfig(

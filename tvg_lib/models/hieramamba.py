@@ -29,9 +29,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tvg_lib.models.anchor_mamba import AnchorMambaPooling, Merge
 from tvg_lib.models.point_grounder import EncodedText
 from tvg_lib.models.snag import ClipEmbedding, SnAG, SnagConfig
-from tvg_lib.nn.anchor_mamba import AnchorMambaPooling, Merge
 from tvg_lib.nn.anchor_pooling import Pooling
 from tvg_lib.nn.attention import TransformerBlock
 from tvg_lib.nn.pyramid import PointPredictions, Pyramid
