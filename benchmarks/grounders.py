@@ -230,6 +230,7 @@ def main(
     rows = []
     if arguments.append and arguments.out.exists():
         rows = json.loads(arguments.out.read_text(encoding="utf-8"))["rows"]
+        rows = [row for row in rows if row["mode"] in modes]
     for mode in arguments.modes:
         for clips in arguments.clips:
             command = [sys.executable, script, "--single", "--modes", mode, "--clips", str(clips)]

@@ -2,7 +2,7 @@
 
     python benchmarks/hieramamba.py --out benchmarks/results/hieramamba_cpu.json
     python benchmarks/hieramamba.py --out benchmarks/results/hieramamba_cpu.json --append \\
-        --modes encoding question --clips 2048 8192 32768 54000 131072
+        --modes encoding question --clips 2304 8192 32768 54000 131072
     python benchmarks/hieramamba.py --out benchmarks/results/hieramamba_cuda.json --device cuda
 
 The released TACoS configuration; 54,000 clips are three hours at five clips a second.

@@ -223,9 +223,10 @@ class TestPaddingAndBatches:
         lengths=st.lists(st.integers(1, 80), min_size=1, max_size=4),
         words=st.lists(st.integers(1, 9), min_size=4, max_size=4),
         more=st.integers(0, 70),
+        changes=st.sampled_from(list(VARIANTS.values())),
     )
-    def test_any_video_is_answered_as_if_it_were_alone(self, lengths, words, more):
-        model = small()
+    def test_any_video_is_answered_as_if_it_were_alone(self, lengths, words, more, changes):
+        model = small(**changes)
         videos = range(len(lengths))
         batch = make_batch(lengths, list(videos), words[: len(lengths)])
         together = model(padded(batch, clips=more, words=2))

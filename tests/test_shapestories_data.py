@@ -151,7 +151,7 @@ def test_films_made_side_by_side_are_the_same(
     assert [q.text for q in together.queries] == [q.text for q in alone.queries]
 
 
-def test_features_do_not_depend_on_the_machine() -> None:
+def test_features_are_those_of_another_machine() -> None:
     """Pinned at commit 07be3b6 on an AMD EPYC: every eighth clip, and the questions.
 
     Other pictures or other weights want new features and new results.

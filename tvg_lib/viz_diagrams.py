@@ -160,7 +160,7 @@ def _draw_spc(axes: Axes, x: float, y: float) -> None:
         axes.plot(point, y - 0.58, "o", markersize=7, color=COLOURS[0] if n in inside else QUIET)
         start, end = (mean[0], mean[1] - 0.1), (point, y - 0.42)
         arrow(axes, start, end, COLOURS[0] if n in inside else QUIET, dashed=n not in inside)
-    text = "SPC: points of the moment like their mean (star), points outside of it unlike"
+    text = "SPC: the moment's positive points like their mean (star), points outside of it unlike"
     axes.text(x, y - 1.1, text, fontsize=7, color=QUIET, va="top")
 
 

@@ -210,9 +210,12 @@ class BatchPlan:
         ]
 
     def _octave(self, video_id: str) -> int:
-        """Videos of the same octave differ in length by less than a factor of two."""
+        """Videos of the same octave differ in length, as cropped, by less than a factor of two."""
         video = self.dataset.videos[video_id]
-        return math.floor(math.log2(video.duration / video.grid.step))
+        clips = video.duration / video.grid.step
+        return math.floor(
+            math.log2(clips if self.crop is None else min(clips, self.crop.max_clips))
+        )
 
     def _groups(self, video_id: str, positions: np.ndarray) -> list[np.ndarray]:
         """Queries that may be asked together: of a video longer than a crop, those of one stretch.

@@ -9,7 +9,7 @@ level.
                │     │     │     │
     level 1   [a  t  t     a  t  t ]     ── tokens ─▶ 4 points          ...
 
-    symbol        here                           equation
+    symbol        here                           what it is
     Z^0           AnchorPyramid.base             clips after embedding and stem
     block l       VideoMamba.blocks[l]           `AnchorMambaPooling`: Z^l to T^l and A^l
     T^l           AnchorPyramid.levels[l]        on which moments are predicted
@@ -215,7 +215,7 @@ class HieraMamba(SnAG):
             nn.init.zeros_(self.video_projection.bias)
 
     @staticmethod
-    def _video_encoder(config: "HieraMambaConfig") -> nn.Module:
+    def _make_video_encoder(config: "HieraMambaConfig") -> nn.Module:
         return VideoMamba(config, config.channels if config.early_fusion else config.video_dim)
 
     def encode_video(self, video: Tensor, mask: Tensor) -> AnchorPyramid | ProjectedClips:

@@ -228,7 +228,7 @@ class SnAG(PointGrounder):
     def __init__(self, config: SnagConfig) -> None:
         words = text_encoder(config)
         super().__init__(
-            video_encoder=self._video_encoder(config),
+            video_encoder=self._make_video_encoder(config),
             text_encoder=words,
             fusion=LateFusion(
                 config.channels,
@@ -246,7 +246,7 @@ class SnAG(PointGrounder):
         self.config = config
 
     @staticmethod
-    def _video_encoder(config: SnagConfig) -> nn.Module:
+    def _make_video_encoder(config: SnagConfig) -> nn.Module:
         """From (B, T, C) and mask (B, T) to a `Pyramid`; a subclass may have another."""
         return VideoTransformer(
             config.video_dim,
