@@ -103,7 +103,8 @@ def load(
 ) -> GroundingDataset:
     """The first films of a split; those that the cache lacks are made.
 
-    Query ids are `<film>-<level>-<number>`, see `level_of`.
+    Query ids are `<film>-<level>-<number>`, see `level_of`. Scripts and questions are the same on
+    every machine, features up to rounding; so a data hash tells films of two machines apart, too.
 
     Args:
         config: the length of the films and how much happens.
