@@ -92,17 +92,14 @@ def _filters(weight: Tensor, matrix: tuple) -> Tensor:
 
 def _convolve(x: Tensor, mask: Tensor, filters: Tensor) -> Tensor:
     """The convolution by filters (6, C, O)."""
-    y = x.new_empty(*x.shape[:2], filters.shape[2])
+    batch, steps, _ = x.shape
+    y = x.new_empty(batch, steps + -steps % OUTPUTS, filters.shape[2])  # the last tile sticks out
     for row, valid, out in zip(x, mask, y, strict=True):
         for tiles, part in zip(_tiles(row, valid), out.split(STEPS), strict=True):
             products = torch.bmm(_transform(_INPUT, tiles).transpose(0, 1), filters)
-            whole = len(part) // OUTPUTS  # tiles; one more may stick out
-            place = part[: whole * OUTPUTS].unflatten(0, (whole, OUTPUTS))
-            _transform(_OUTPUT, products[:, :whole].transpose(0, 1), out=place)
-            if whole < products.shape[1]:
-                rest = _transform(_OUTPUT, products[:, whole:].transpose(0, 1))[0]
-                part[whole * OUTPUTS :] = rest[: len(part) - whole * OUTPUTS]
-    return y
+            place = part.unflatten(0, (-1, OUTPUTS))
+            _transform(_OUTPUT, products.transpose(0, 1), out=place)
+    return y[:, :steps]
 
 
 def _tiles(row: Tensor, valid: Tensor) -> Iterator[Tensor]:
