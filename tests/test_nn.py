@@ -353,6 +353,15 @@ class TestSinusoidalPositions:
         padded = positions(torch.zeros(1, 30, 4), mask_of([8], 30))
         torch.testing.assert_close(padded[:, :8], short)
 
+    def test_a_row_within_the_trained_length_is_exact_beside_a_longer_one(self):
+        # 47 * (1 / 47) is not 1 in floating point: 48 was a length that once went wrong.
+        positions = SinusoidalPositions(4, 48)
+        lengths = [*range(1, 49), 49]
+        codes = positions(torch.zeros(49, 49, 4), mask_of(lengths))
+        for row, length in enumerate(lengths[:-1]):
+            assert torch.equal(codes[row, :length], positions.table[:length]), length
+        assert torch.equal(codes[-1, 48], positions.table[47])
+
 
 def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
     torch.manual_seed(0)

@@ -179,10 +179,11 @@ class SinusoidalPositions(nn.Module):
 
     def _stretched(self, lengths: Tensor, steps: int) -> Tensor:
         """(rows, T, C) codes read between the rows of the table."""
-        scale = ((self.max_length - 1) / (lengths - 1).clamp(min=1)).clamp(max=1.0)
-        where = torch.arange(steps, device=lengths.device) * scale[:, None]
-        where = where.clamp(max=self.max_length - 1)
-        below = where.floor().long()
-        above = (below + 1).clamp(max=self.max_length - 1)
-        share = (where - below)[..., None]
+        # In whole numbers: a row that needs no stretching reads the table's own rows, exactly.
+        last = self.max_length - 1
+        steps_to_last = (lengths - 1).clamp(min=max(last, 1))[:, None]
+        numerator = torch.arange(steps, device=lengths.device) * last
+        below = (numerator // steps_to_last).clamp(max=last)
+        above = (below + 1).clamp(max=last)
+        share = ((numerator % steps_to_last) / steps_to_last)[..., None]
         return self.table[below] * (1 - share) + self.table[above] * share
