@@ -160,7 +160,8 @@ def test_words_are_read_without_case_and_punctuation(model: TinyDualEncoder) -> 
         "the", "red", "square's", "2nd", "jump", "again",
     ]  # fmt: skip
     one, other = model.text.encode(["The RED square.", "the red square"])
-    np.testing.assert_array_equal(one, other)
+    # Rows of one product, which need not round alike.
+    np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 # --- the loss -------------------------------------------------------------------------------------

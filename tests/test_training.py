@@ -862,7 +862,10 @@ def test_missing_cuda_is_said(tmp_path):
 # --- precision, memory, state -------------------------------------------------------------------
 
 
-def test_bf16_runs_under_autocast_and_both_precisions_in_one_session(tmp_path, uninterrupted):
+def test_bf16_runs_under_autocast_and_both_precisions_in_one_session(
+    tmp_path, uninterrupted, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     seen = []
 
     class Watched(TinyModel):
@@ -880,9 +883,11 @@ def test_bf16_runs_under_autocast_and_both_precisions_in_one_session(tmp_path, u
     assert run(tmp_path / "full").steps == uninterrupted.steps
 
 
-def test_bf16_falls_back_where_a_device_lacks_it(monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bf16_falls_back_where_a_device_lacks_it(monkeypatch, device):
     monkeypatch.setattr(training, "is_bf16_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     chosen = {}
 
     def accelerator(**options):
@@ -890,7 +895,7 @@ def test_bf16_falls_back_where_a_device_lacks_it(monkeypatch):
         raise StopHereError
 
     monkeypatch.setattr(training, "Accelerator", accelerator)
-    config = TrainingConfig(precision="bf16", device="cuda")
+    config = TrainingConfig(precision="bf16", device=device)
     with (
         pytest.warns(UserWarning, match="no bf16: training in fp32"),
         pytest.raises(StopHereError),

@@ -793,6 +793,11 @@ def _averaging(config: TrainingConfig) -> Callable[..., None]:
     return update
 
 
+def _cpu_has_bf16() -> bool:
+    """Without AVX-512 it is imitated: a convolution then takes fifty times as long as in fp32."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 @contextmanager
 def _accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
     """An Accelerator of this run's own.
@@ -807,7 +812,7 @@ def _accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
         )
     cpu = config.device == "cpu" or not cuda
     precision = "bf16" if config.precision == "bf16" else "no"
-    if precision == "bf16" and not cpu and not is_bf16_available():
+    if precision == "bf16" and not (_cpu_has_bf16() if cpu else is_bf16_available()):
         warnings.warn("this device has no bf16: training in fp32", stacklevel=4)
         precision = "no"
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -132,13 +132,15 @@ def _shaded(maps: Tensor, pixels: Tensor) -> Tensor:
 def _convolved(channels: int, out: int, kernel: int, stride: int) -> tuple[nn.Module, ...]:
     """A convolution from `channels` to `out` channels, normalised and cut off at zero."""
     convolution = nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, bias=False)
-    return convolution, nn.BatchNorm2d(out), nn.ReLU()
+    # Channels last: with this few of them a third faster on CPUs without AMX, more for one channel.
+    convolution = convolution.to(memory_format=torch.channels_last)
+    return convolution, nn.BatchNorm2d(out), nn.ReLU(inplace=True)
 
 
 class TinyFrames(nn.Module):
     """The window encoder; a `tvg_lib.encoders.protocols.VideoEncoder`."""
 
-    BATCH = 64  # windows at a time in `encode`
+    BATCH = 32  # windows at a time in `encode`: larger tensors than these are mapped anew each time
     resize = "fit"
 
     def __init__(self, config: TinyConfig) -> None:
@@ -232,8 +234,8 @@ class TinyFrames(nn.Module):
 
     def _won(self, pixels: Tensor, rows: Tensor) -> Tensor:
         """(N, K, F, h, w) what each cone wins of pixels (N, F, 3, h, w) and their rows' means."""
-        figures = pixels - rows
-        light = torch.cat([pixels, figures, figures.abs()], dim=2).transpose(1, 2)
+        pixels, figures = pixels.transpose(1, 2), (pixels - rows).transpose(1, 2)
+        light = torch.cat([pixels, figures, figures.abs()], dim=1)
         logits = self.cones.weight @ light.flatten(2) + self.cones.bias[:, None]
         return logits.softmax(1)[:, :-1].unflatten(2, light.shape[2:])
 
