@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from tvg_lib.data import catalogue, doctor, qvhighlights
-from tvg_lib.data.catalogue import DATASETS
+from tvg_lib.data import doctor, qvhighlights
+from tvg_lib.data.catalogue import DATASETS, DatasetSpec
 from tvg_lib.data.doctor import Report, examine
 from tvg_lib.errors import DataError
 
@@ -298,7 +298,7 @@ def test_archives_are_hashed_when_asked(tacos, monkeypatch):
     found = hashlib.md5(b"not the archive").hexdigest()
     assert finding.state == "problem"
     assert f"expected md5 a96537114a930038ab8ddb64a17df6e0, found {found}" in finding.detail
-    good = catalogue.DatasetSpec("TACoS", "", (), "", (("tacos.tar.gz", found),))
+    good = DatasetSpec("TACoS", "", (), "", (("tacos.tar.gz", found),))
     monkeypatch.setattr(doctor, "DATASETS", (good,))
     assert only(examine(tacos, md5=True), "TACoS", "tacos.tar.gz").state == "found"
 
